@@ -1,0 +1,27 @@
+# make demo   sets everything up, proves parity, trains a language model in both frameworks, shows where to look
+# make test   sets everything up, runs all tests
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.ready
+	$(BIN)/parity run
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd)
+	@echo "setting up $(VENV): torch, then groundwave with its extras (a few minutes)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, found {v[0]}.{v[1]}: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist outputs multirun *.egg-info cython_ext/*.c cython_ext/*.so
