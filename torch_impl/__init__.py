@@ -1,0 +1,1 @@
+"""PyTorch reference implementations. Imports no jax."""
