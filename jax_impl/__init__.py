@@ -1,0 +1,1 @@
+"""Flax NNX ports, page by page beside torch_impl. Imports no torch."""

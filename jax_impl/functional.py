@@ -1,0 +1,93 @@
+"""The functional face of the NNX models: `model` is static, `variables` is a nested dict, `apply` is pure.
+
+    model = GroundedMambaModel(config)
+    variables = model.init(seed=0)                                  {"params": ..., "buffers": ...}
+    logits, states = jax.jit(model.apply)(variables, ids, states)
+
+`params` are trained; `buffers` hold frozen weights and the memory banks. Both are plain nested dicts whose paths spell torch's
+names. `nnx.merge` inside `jax.jit` costs one trace; calling an `nnx.jit` function costs milliseconds every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from conf.models import GroundedMambaConfig
+from jax_impl import weights
+from jax_impl.grounded_mamba import GroundedMamba
+from jax_impl.state import State
+
+Variables = dict[str, Any]
+
+
+class GroundedMambaModel:
+    """GroundedMamba as a function of its variables.
+
+    `dtype` is that of parameters and arithmetic; float64 needs `jax.enable_x64(True)` around every call, else ValueError.
+    """
+
+    def __init__(
+        self, config: GroundedMambaConfig | None = None, *, impl: str = "chunked", chunk_size: int = 64, remat: bool = False, dtype: str = "float32"
+    ) -> None:
+        self.config = GroundedMambaConfig.of(config)
+        self.dtype = np.dtype(dtype)
+
+        def build(seed: Array) -> GroundedMamba:
+            return GroundedMamba(self.config, impl=impl, chunk_size=chunk_size, remat=remat, rngs=nnx.Rngs(seed))
+
+        self._build = build
+        shapes = nnx.eval_shape(lambda: build(0))
+        self._graph, params, buffers = nnx.split(shapes, nnx.Param, ...)
+        self._template = {"params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers)}
+
+    def init(self, seed: int = 0) -> Variables:
+        """Variables drawn with JAX's generator."""
+        _, params, buffers = nnx.split(self._build(seed), nnx.Param, ...)
+        return self._cast({"params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers)})
+
+    def apply(
+        self, variables: Variables, input_ids: Array, states: list[State] | None = None, *, return_aux: bool = False
+    ) -> tuple[Any, ...]:
+        """Logits (B, L, V), states and, with `return_aux`, the auxiliary dict; see `GroundedMamba.__call__`. Pure and jittable."""
+        return self.merge(variables)(input_ids, states, return_aux=return_aux)
+
+    def update_memory(self, variables: Variables, aux: dict[str, Any]) -> Variables:
+        """Variables after one optimiser step's update of the memory banks. Pure and jittable."""
+        module = self.merge(variables)
+        module.update_memory(aux)
+        return {**variables, "buffers": nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])}
+
+    def init_states(self, batch_size: int) -> list[State]:
+        """Zeros: the states before the first token."""
+        shapes = self.merge(self._template).state_shapes(batch_size)
+        return [{name: jnp.zeros(shape, self.dtype) for name, shape in one.items()} for one in shapes]
+
+    def merge(self, variables: Variables) -> GroundedMamba:
+        """The NNX module that holds `variables`."""
+        return nnx.merge(self._graph, variables["params"], variables["buffers"])
+
+    def variables(self, arrays: dict[str, np.ndarray]) -> Variables:
+        """Variables from a flat dict of torch names; ValueError names what is missing, unused or misshapen."""
+        return weights.to_variables(arrays, self._cast(self._template))
+
+    def arrays(self, variables: Variables) -> dict[str, np.ndarray]:
+        """Flat dict of torch names, tied names included."""
+        return weights.to_arrays(variables)
+
+    def _cast(self, variables: Variables) -> Variables:
+        """`variables` with floating leaves (or shapes) in the model's dtype and integer leaves as wide as JAX allows."""
+        integer = jax.dtypes.canonicalize_dtype(np.int64)
+        if jax.dtypes.canonicalize_dtype(self.dtype) != self.dtype:
+            raise ValueError(f"a model in {self.dtype} must be used inside jax.enable_x64(True)")
+
+        def cast(leaf: Any) -> Any:
+            dtype = self.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else integer
+            return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
+
+        return jax.tree.map(cast, variables)

@@ -1,0 +1,140 @@
+"""GroundedMamba: a causal language model whose every block runs two recurrences side by side.
+
+    x   = embedding(ids)
+    x   = x + LN_out(g SSM(LN_ssm(x)) + (1 - g) RWKV(LN_rwkv(x)))        for every block
+    out = lm_head(ln_out(x)),  lm_head tied to the embedding
+
+Source: GroundThink's GroundedMamba. Letters: B batch, L length, D width, N state, H heads, P head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from conf.models import GroundedMambaConfig
+from cython_ext.sampling import sample_token
+from jax_impl.layers import IMPLS, Frozen, RWKVGroundedMemory, StableStateSSM, layer_norm, linear
+from jax_impl.state import State, check_states, check_token_ids
+
+
+class GroundedMambaBlock(nnx.Module):
+    """x + LN_out(g SSM(LN_ssm(x)) + (1 - g) RWKV(LN_rwkv(x)))."""
+
+    def __init__(self, config: GroundedMambaConfig, impl: str, chunk_size: int, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.ln_ssm = layer_norm(config.dim, config.norm_eps, rngs=rngs)
+        self.ln_rwkv = layer_norm(config.dim, config.norm_eps, rngs=rngs)
+        self.ln_out = layer_norm(config.dim, config.norm_eps, rngs=rngs)
+        self.ssm = StableStateSSM(config, impl, rngs=rngs)
+        self.rwkv = RWKVGroundedMemory(config, impl, chunk_size, rngs=rngs)
+        odds = math.log(config.gate_ssm / (1 - config.gate_ssm)) / 2
+        kind = nnx.Param if config.gate == "learned" else Frozen
+        self.gate_proj = linear(config.dim, 2, bias=(odds, -odds), rngs=rngs)
+        self.gate_proj.kernel = kind(jnp.zeros((config.dim, 2), jnp.float32))
+        self.gate_proj.bias = kind(self.gate_proj.bias[...])
+
+    def __call__(self, x: Array, state: State | None = None) -> tuple[Array, State, dict[str, Any]]:
+        """x (B, L, D). Returns the block's output (B, L, D), its state, and what monitors and the memory bank want of this call."""
+        h, s = (None, None) if state is None else (jax.lax.stop_gradient(state["ssm"]), jax.lax.stop_gradient(state["wkv"]))
+        ssm, states = self.ssm(self.ln_ssm(x), h)
+        rwkv, s, rows = self.rwkv(self.ln_rwkv(x), s)
+        if self.config.gate == "learned":
+            g = jax.nn.softmax(self.gate_proj(x), axis=-1)[..., :1]  # (B, L, 1), of this token alone: causal
+        else:
+            g = jnp.asarray(self.config.gate_ssm, x.dtype)
+        aux = {"memory_rows": rows, "gate": jax.lax.stop_gradient(g).mean(), "ssm_states": jax.lax.stop_gradient(states)}
+        return x + self.ln_out(g * ssm + (1 - g) * rwkv), {"ssm": states[:, -1], "wkv": s}, aux
+
+
+class GroundedMamba(nnx.Module):
+    """Causal language model with a state of constant size.
+
+    `GroundedMamba(config, rngs=...)` or `GroundedMamba(vocab_size=..., dim=..., rngs=...)` with the other fields at their defaults.
+    `impl` is "recurrent" (the readable truth) or "chunked" (WKV by matrix products). `remat` recomputes each block in the
+    backward pass instead of keeping what it computed.
+    """
+
+    def __init__(
+        self, config: GroundedMambaConfig | None = None, *, vocab_size: int | None = None, dim: int | None = None, depth: int | None = None,
+        ssm_dim: int | None = None, rwkv_heads: int | None = None, impl: str = "chunked", chunk_size: int = 64, remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = GroundedMambaConfig.of(config, vocab_size=vocab_size, dim=dim, depth=depth, ssm_dim=ssm_dim, rwkv_heads=rwkv_heads)
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, found {impl!r}")
+        self.remat = remat
+        self.embedding = nnx.Embed(self.config.vocab_size, self.config.dim, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        self.embedding.dtype = None  # Flax fixes it to the dtype at construction, and would round float64 weights to float32
+        self.blocks = nnx.List([GroundedMambaBlock(self.config, impl, chunk_size, rngs=rngs) for _ in range(self.config.depth)])
+        self.ln_out = layer_norm(self.config.dim, self.config.norm_eps, rngs=rngs)
+
+    def __call__(self, input_ids: Array, states: list[State] | None = None, *, return_aux: bool = False) -> tuple[Any, ...]:
+        """input_ids (B, L) in [0, V). Returns logits (B, L, V) and the states to hand to the next call.
+
+        With `return_aux` also a dict, all of it detached: "memory_rows" (k, v rows of every block, for `update_memory`; empty
+        without a bank), "gate" (mean weight of the SSM branch, one per block) and "ssm_states" (B, L, N) of every block.
+        States passed in are detached (truncated backpropagation); those returned are not. Raises ValueError for ids out of
+        range, empty input, and states of another shape or dtype or with NaN (values only outside `jit`).
+        """
+        check_token_ids(input_ids, self.config.vocab_size)
+        if states is not None:
+            check_states(states, self.state_shapes(input_ids.shape[0]), self.embedding.embedding.dtype)
+        x = self.embedding(input_ids)  # (B, L, D)
+        new_states, auxes = [], []
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            x, state, aux = (jax.checkpoint(block.__call__) if self.remat else block)(x, state)
+            new_states.append(state)
+            auxes.append(aux)
+        logits = self.embedding.attend(self.ln_out(x))  # (B, L, V)
+        if not return_aux:
+            return logits, new_states
+        return logits, new_states, {
+            "memory_rows": [aux["memory_rows"] for aux in auxes if aux["memory_rows"] is not None],
+            "gate": jnp.stack([aux["gate"] for aux in auxes]),
+            "ssm_states": [aux["ssm_states"] for aux in auxes],
+        }
+
+    def state_shapes(self, batch_size: int) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes of the states for `batch_size` sequences."""
+        config = self.config
+        one = {"ssm": (batch_size, config.ssm_dim), "wkv": (batch_size, config.rwkv_heads, config.head_dim, config.head_dim)}
+        return [one] * config.depth
+
+    def init_states(self, batch_size: int) -> list[State]:
+        """Zeros: the states before the first token."""
+        dtype = self.embedding.embedding.dtype
+        return [{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()} for shapes in self.state_shapes(batch_size)]
+
+    def update_memory(self, aux: dict[str, Any]) -> None:
+        """Once per optimiser step: count it, and on every `memory_every`-th write the rows of `aux` into the memory banks."""
+        for block, rows in zip(self.blocks, aux["memory_rows"], strict=bool(self.config.memory_size)):
+            block.rwkv.update_memory(rows)
+
+    def generate(
+        self, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+    ) -> Array:
+        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens).
+
+        Streams: memory does not grow with the length. Sampling is NumPy's, so that every backend draws the same tokens.
+        """
+        return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)
+
+
+def generate(
+    call: Any, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+) -> Array:
+    """Continue `input_ids` (B, L) with `call(ids, states) -> (logits, states)`: a module, or a jitted function of one."""
+    rng = np.random.default_rng(seed)
+    tokens, states = [input_ids], None
+    for _ in range(max_new_tokens):
+        logits, states = call(tokens[-1], states)
+        drawn = sample_token(np.asarray(logits[:, -1], np.float64), temperature, top_k, rng)
+        tokens.append(jnp.asarray(drawn, input_ids.dtype)[:, None])
+    return jnp.concatenate(tokens, axis=1)

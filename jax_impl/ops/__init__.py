@@ -1,0 +1,1 @@
+"""Pure functions on arrays, twins of torch_impl.ops: arrays and scalars in, arrays out."""
