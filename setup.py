@@ -1,0 +1,77 @@
+"""The compiled kernels of cython_ext; everything else is in pyproject.toml.
+
+CYTHON_DEBUG=1 builds them for the baseline processor alone, with every check that Cython has on arrays, with trapping bounds checks on C
+arrays where they are declared, and with stack guards for where only a pointer to them is known.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+KERNELS = ["selective_scan"]
+DEBUG = os.environ.get("CYTHON_DEBUG", "0") not in ("", "0")
+
+# Strict arithmetic: no -ffast-math (NaN must stay NaN), no -march=native (a wheel runs elsewhere; clones.pxd adds AVX2 and AVX-512),
+# no fused multiply-add, which would make results depend on the processor.
+STRICT = ["-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+RELEASE_FLAGS = ["-O3", "-g0", *STRICT]
+DEBUG_FLAGS = [
+    "-O1", "-g", *STRICT, "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error", "-fstack-protector-all", "-DGROUNDWAVE_CLONES=",
+]
+
+NEEDED = (
+    "groundwave compiles its kernels and {problem}.\n"
+    "Install gcc and the Python headers, then try again:\n"
+    "    Debian, Ubuntu:   apt-get install gcc libc6-dev python3-dev\n"
+    "    Fedora, RHEL:     dnf install gcc python3-devel\n"
+    "    Alpine:           apk add gcc musl-dev libgomp python3-dev"
+)
+
+
+class BuildKernels(build_ext):
+    """Translates the .pyx files into the build folder, then compiles them, or says which package is missing."""
+
+    def build_extensions(self):
+        from Cython.Build import cythonize
+
+        compiler = self.compiler.compiler_so[0]
+        if shutil.which(compiler) is None:
+            sys.exit(NEEDED.format(problem=f"found no C compiler: {compiler!r} is not on the path"))
+        headers = [sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+        if not any(os.path.exists(os.path.join(folder, "Python.h")) for folder in headers):
+            sys.exit(NEEDED.format(problem=f"found no Python headers: there is no Python.h in {headers[0]}"))
+        translated = cythonize(
+            self.extensions,
+            build_dir=os.path.join(self.build_temp, "debug" if DEBUG else "release"),
+            force=True,  # Cython looks at dates alone, not at directives
+            compiler_directives={
+                "language_level": 3, "cdivision": True, "boundscheck": DEBUG, "wraparound": False, "initializedcheck": DEBUG, "nonecheck": DEBUG,
+            },
+        )
+        for extension, source in zip(self.extensions, translated, strict=True):
+            extension.sources = source.sources
+        self.force = True  # flags are not among the dates that decide either
+        try:
+            super().build_extensions()
+        except (CompileError, LinkError) as error:
+            sys.exit(NEEDED.format(problem=f"{compiler!r} failed: {error}"))
+
+
+setup(
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension(
+            f"cython_ext.{name}",
+            [f"cython_ext/{name}.pyx"],
+            depends=["cython_ext/clones.pxd"],
+            extra_compile_args=DEBUG_FLAGS if DEBUG else RELEASE_FLAGS,
+            extra_link_args=["-fopenmp"],
+        )
+        for name in KERNELS
+    ],
+)
