@@ -1,0 +1,158 @@
+"""What a model's arrays are: the name, shape and role of each, read off the configuration, and the check that holds a dict of arrays to it.
+
+A model is a flat dict, torch's parameter names -> NumPy arrays, whatever the backend. Letters in the shapes: D width, N state, H heads,
+P head width, V vocabulary, M slots of the memory bank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from conf.models import GroundedMambaConfig
+
+NAMES = {"grounded_mamba": GroundedMambaConfig}
+DTYPES = ("float32", "float64")
+
+
+class Entry(NamedTuple):
+    """One array of a model. `role`: "parameter", "tied" (another name's array again), "buffer" (floats), "counter" (int64)."""
+
+    shape: tuple[int, ...]
+    role: str = "parameter"
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, Entry]:
+    return {f"{name}.weight": Entry((outputs, inputs))}
+
+
+def _affine(name: str, size: int) -> dict[str, Entry]:
+    return {f"{name}.weight": Entry((size,)), f"{name}.bias": Entry((size,))}
+
+
+def _grounded_mamba(config: GroundedMambaConfig) -> dict[str, Entry]:
+    dim, state, slots, heads = config.dim, config.ssm_dim, config.memory_size, (config.rwkv_heads, config.head_dim)
+    steps = len(config.dt_bias)
+    block: dict[str, Entry] = {
+        **_affine("ln_ssm", dim),
+        **_affine("ln_rwkv", dim),
+        "ssm.A": Entry((state, state)),
+        "ssm.D": Entry((dim,)),
+        **_linear("ssm.B_proj", state, dim),
+        **_linear("ssm.C_proj", dim, state),
+        **_linear("ssm.dt_proj", steps, dim),
+        "ssm.dt_proj.bias": Entry((steps,)),
+        **_affine("ssm.state_norm", state),
+        "rwkv.time_decay": Entry(heads),
+        "rwkv.time_first": Entry(heads),
+    }
+    for name in ("key_proj", "value_proj", "receptance_proj", "output_proj"):
+        block.update(_linear(f"rwkv.{name}", dim, dim))
+    if config.readout_norm:
+        block.update(_affine("rwkv.readout_norm", dim))
+    if slots:
+        block.update(_linear("rwkv.memory_query", dim, dim))
+        block["rwkv.memory_gate"] = Entry((dim,))
+        block["rwkv.memory_keys"] = block["rwkv.memory_values"] = Entry((slots, dim), "buffer")
+        block["rwkv.memory_count"] = Entry((slots,), "counter")
+        block["rwkv.update_counter"] = block["rwkv.writes"] = Entry((), "counter")
+    block.update(_linear("gate_proj", 2, dim))
+    block["gate_proj.bias"] = Entry((2,))
+    block.update(_affine("ln_out", dim))
+    entries = {"embedding.weight": Entry((config.vocab_size, dim))}
+    for index in range(config.depth):
+        entries.update({f"blocks.{index}.{name}": entry for name, entry in block.items()})
+    return {**entries, **_affine("ln_out", dim), "lm_head.weight": Entry((config.vocab_size, dim), "tied")}
+
+
+_LAYOUTS: dict[str, Callable[[Any], dict[str, Entry]]] = {"grounded_mamba": _grounded_mamba}
+_TIES = {"lm_head.weight": "embedding.weight"}
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` is a model that runtime knows."""
+    if name not in NAMES:
+        raise ValueError(f"model must be one of {', '.join(map(repr, NAMES))}, found {name!r}")
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raise ValueError for an unknown model, TypeError for a configuration of another model."""
+    check_name(name)
+    if not isinstance(config, NAMES[name]):
+        raise TypeError(f"config of {name!r} must be a {NAMES[name].__name__}, found {type(config).__name__}")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless `dtype` is "float32" or "float64"."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be 'float32' or 'float64', found {dtype!r}")
+
+
+def layout(name: str, config: Any) -> dict[str, Entry]:
+    """Every array of model `name` under `config`, in the order in which they are written."""
+    check_config(name, config)
+    return _LAYOUTS[name](config)
+
+
+def parameter_count(name: str, config: Any) -> int:
+    """Number of parameters: those frozen by the configuration included, a tied array counted once, buffers left out."""
+    return sum(math.prod(entry.shape) for entry in layout(name, config).values() if entry.role == "parameter")
+
+
+def check_shapes(name: str, config: Any, found: Mapping[str, tuple[tuple[int, ...], str]], what: str = "arrays") -> None:
+    """Hold names, shapes and kinds to the layout; nothing is read or allocated. A tied array may be left out.
+
+    `found`: name -> (shape, kind), kind "float", "int" or the spelling of any other dtype. `what` names the source in the error.
+    Raises ValueError, one for all that is wrong: missing, unused and misshapen names, and wrong kinds.
+    """
+    entries = layout(name, config)
+    missing = [key for key, entry in entries.items() if key not in found and entry.role != "tied"]
+    unused = [key for key in found if key not in entries]
+    misshapen, kinds = [], []
+    for key, entry in entries.items():
+        if key not in found:
+            continue
+        shape, kind = found[key]
+        expected = "int" if entry.role == "counter" else "float"
+        if tuple(shape) != entry.shape:
+            misshapen.append(f"{key} is {tuple(shape)}, expected {entry.shape}")
+        if kind != expected:
+            kinds.append(f"{key} is {kind}, expected {expected}")
+    problems = [
+        f"{label}: {_shorten(items)}"
+        for label, items in (("missing", missing), ("unused", unused), ("wrong shape", misshapen), ("wrong dtype", kinds))
+        if items
+    ]
+    if problems:
+        raise ValueError(f"{what} do not fit {name}: " + "; ".join(problems))
+
+
+def check(name: str, config: Any, arrays: Mapping[str, Any], dtype: str = "float64") -> dict[str, np.ndarray]:
+    """A full dict of C-contiguous arrays in layout order, floats as `dtype`, counters as int64, tied arrays filled in.
+
+    The result never shares memory with `arrays`. Raises ValueError as `check_shapes`, and for a tied array that differs from its twin.
+    """
+    check_dtype(dtype)
+    given = {key: np.asarray(value) for key, value in arrays.items()}
+    check_shapes(name, config, {key: (value.shape, dtype_kind(value.dtype)) for key, value in given.items()})
+    for tied, source in _TIES.items():
+        if tied in given and not np.array_equal(given[tied], given[source], equal_nan=True):
+            raise ValueError(f"{tied} is tied to {source} in {name}, but the two arrays differ")
+    checked = {}
+    for key, entry in layout(name, config).items():
+        source = _TIES[key] if entry.role == "tied" else key
+        checked[key] = np.array(given[source], dtype=np.int64 if entry.role == "counter" else dtype, order="C")
+    return checked
+
+
+def dtype_kind(dtype: np.dtype) -> str:
+    """ "float", "int", or the dtype's own name where it is neither."""
+    return {"f": "float", "i": "int"}.get(dtype.kind, str(dtype))
+
+
+def _shorten(items: Iterable[str], most: int = 8) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

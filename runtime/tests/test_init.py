@@ -1,0 +1,98 @@
+"""Initial weights: counts, distributions, and one generator per name."""
+
+import math
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conf.models import GroundedMambaConfig
+from runtime.arrays import layout, parameter_count
+from runtime.init import init_arrays
+
+SMALL = GroundedMambaConfig(vocab_size=23, dim=12, depth=3, ssm_dim=5, rwkv_heads=2, memory_size=7, retrieval_heads=3, dt_bias=(0.3, -0.2))
+
+
+def test_groundthink_parameter_count_from_its_arrays():
+    config = GroundedMambaConfig.groundthink()
+    arrays = init_arrays("grounded_mamba", config, seed=0)
+    assert sum(value.size for key, value in arrays.items() if key != "lm_head.weight") == 13_692_184
+    assert parameter_count("grounded_mamba", config) == 13_692_184
+    assert np.array_equal(arrays["lm_head.weight"], arrays["embedding.weight"])
+
+
+def test_a_name_has_its_own_generator():
+    arrays = init_arrays("grounded_mamba", SMALL, seed=4)
+    name = "blocks.2.rwkv.key_proj.weight"
+    generator = np.random.default_rng([4, zlib.crc32(name.encode())])
+    assert np.array_equal(arrays[name], generator.uniform(-1 / math.sqrt(12), 1 / math.sqrt(12), (12, 12)))
+    bare = init_arrays("grounded_mamba", replace(SMALL, memory_size=0, readout_norm=False, depth=2), seed=4)
+    assert bare.keys() < arrays.keys() and "blocks.1.rwkv.memory_gate" not in bare
+    assert all(np.array_equal(value, arrays[key]) for key, value in bare.items())
+    other = init_arrays("grounded_mamba", SMALL, seed=5)
+    assert not np.array_equal(arrays["embedding.weight"], other["embedding.weight"])
+    assert not np.array_equal(arrays["blocks.0.ssm.A"], arrays["blocks.1.ssm.A"])
+
+
+def test_distributions():
+    config = GroundedMambaConfig(vocab_size=301, dim=90, depth=1, ssm_dim=31, rwkv_heads=3, memory_size=0, dt_bias=(0.3, -0.2), gate_ssm=0.6)
+    arrays = init_arrays("grounded_mamba", config, seed=1)
+    # A sample of n normal values misses its standard deviation by 1/sqrt(2n), relative; five of those.
+    noise = arrays["blocks.0.ssm.A"] + 0.1 * np.eye(31)
+    for values, std in (
+        (arrays["embedding.weight"], 0.02),
+        (arrays["blocks.0.ssm.B_proj.weight"], 0.01),
+        (arrays["blocks.0.ssm.C_proj.weight"], 0.01),
+        (noise, 0.01),
+    ):
+        assert abs(values.std() / std - 1) < 5 / math.sqrt(2 * values.size)
+        assert abs(values.mean()) < 5 * std / math.sqrt(values.size)
+    for name in ("dt_proj", "value_proj"):
+        values = arrays[f"blocks.0.{'ssm' if name == 'dt_proj' else 'rwkv'}.{name}.weight"]
+        bound = 1 / math.sqrt(90)
+        # The largest of n uniform values is below (1 - 20/n) of the bound with probability exp(-20).
+        assert bound * (1 - 20 / values.size) < np.abs(values).max() <= bound
+    assert np.array_equal(arrays["blocks.0.ssm.D"], np.ones(90))
+    assert np.array_equal(arrays["blocks.0.ssm.dt_proj.bias"], [0.3, -0.2])
+    assert np.array_equal(arrays["blocks.0.rwkv.time_first"], np.full((3, 30), 0.5))
+    assert not arrays["blocks.0.gate_proj.weight"].any()
+    logits = arrays["blocks.0.gate_proj.bias"]
+    assert math.isclose(math.exp(logits[0]) / np.exp(logits).sum(), 0.6, rel_tol=1e-15 * 8)  # a few roundings
+
+
+def test_decay_under_both_parameterisations():
+    rate = np.exp(-5 * np.arange(1, 5) / 4)
+    sizes = dict(vocab_size=11, dim=12, depth=1, ssm_dim=5, rwkv_heads=4, memory_size=0)
+    exp_exp = init_arrays("grounded_mamba", GroundedMambaConfig(**sizes))["blocks.0.rwkv.time_decay"]
+    direct = init_arrays("grounded_mamba", GroundedMambaConfig(**sizes, decay="direct"))["blocks.0.rwkv.time_decay"]
+    assert exp_exp.shape == direct.shape == (4, 3)
+    np.testing.assert_allclose(np.exp(exp_exp), np.repeat(rate[:, None], 3, 1), rtol=1e-15 * 4, err_msg="one exp and its inverse")
+    np.testing.assert_allclose(direct, np.repeat(rate[:, None], 3, 1), rtol=1e-15, err_msg="the same exp")
+    half_lives = math.log(2) / np.exp(exp_exp[:, 0])  # w = exp(-rate)
+    assert round(half_lives[0], 1) == 2.4 and round(half_lives[-1]) == 103  # the figures of the specification
+
+
+def test_buffers_norms_and_dtypes():
+    arrays = init_arrays("grounded_mamba", SMALL, seed=2)
+    for key, entry in layout("grounded_mamba", SMALL).items():
+        assert arrays[key].shape == entry.shape
+        assert arrays[key].dtype == (np.int64 if entry.role == "counter" else np.float64)
+        if entry.role in ("buffer", "counter") or key.endswith("memory_gate"):
+            assert not arrays[key].any()
+        if "norm" in key or ".ln_" in key or key.startswith("ln_"):
+            assert np.all(arrays[key] == (1 if key.endswith("weight") else 0))
+    assert arrays["blocks.1.rwkv.memory_query.weight"].any()
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True, None])
+def test_impossible_seed(seed):
+    with pytest.raises(ValueError, match="seed must be a non-negative integer"):
+        init_arrays("grounded_mamba", SMALL, seed)
+
+
+def test_unknown_model_and_foreign_config():
+    with pytest.raises(ValueError, match="model must be one of 'grounded_mamba', found 'mamba'"):
+        init_arrays("mamba", SMALL)
+    with pytest.raises(TypeError, match="must be a GroundedMambaConfig, found dict"):
+        init_arrays("grounded_mamba", {"dim": 12})

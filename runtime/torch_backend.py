@@ -1,0 +1,76 @@
+"""The door to `torch_impl`: one object per model, which takes tensors or NumPy arrays. Imported by `runtime.build` when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.arrays import layout
+from torch_impl.grounded_mamba import GroundedMamba
+
+_IMPLS = {"torch": "chunked", "torch_compiled": "compiled"}
+
+
+class TorchGroundedMamba:
+    """GroundedMamba in torch. `module` is the torch module, for training and for everything that is torch's own."""
+
+    name = "grounded_mamba"
+
+    def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], backend: str, dtype: str) -> None:
+        """`arrays` complete and checked. The random numbers that the module's constructor draws do not advance torch's generator."""
+        self.config, self.backend, self.dtype = config, backend, dtype
+        with torch.random.fork_rng(devices=[]):
+            self.module = GroundedMamba(config, impl=_IMPLS[backend]).to(getattr(torch, dtype))
+        self.module.load_state_dict({key: torch.from_numpy(value) for key, value in arrays.items()}, strict=True)
+
+    def __call__(self, input_ids: Any, states: Any = None, *, return_aux: bool = False) -> tuple[Any, ...]:
+        """(B, L) ids -> logits (B, L, V), states[, aux] as `GroundedMamba.forward`. NumPy ids: NumPy results, and no gradients."""
+        if isinstance(input_ids, torch.Tensor):
+            return self.module(input_ids, self._tensors(states), return_aux=return_aux)
+        with torch.no_grad():
+            return _to_numpy(self.module(self._ids(input_ids), self._tensors(states), return_aux=return_aux))
+
+    def generate(self, input_ids: Any, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> Any:
+        """Continue (B, L) ids by `max_new_tokens` sampled tokens: (B, L + max_new_tokens)."""
+        if isinstance(input_ids, torch.Tensor):
+            return self.module.generate(input_ids, max_new_tokens, temperature, top_k, seed)
+        return _to_numpy(self.module.generate(self._ids(input_ids), max_new_tokens, temperature, top_k, seed))
+
+    def init_states(self, batch_size: int) -> list[dict[str, torch.Tensor]]:
+        """Zeros: the states before the first token."""
+        return self.module.init_states(batch_size)
+
+    def update_memory(self, aux: Mapping[str, Any]) -> None:
+        """Count one optimiser step and, when it is due, write the rows of `aux` into the memory banks."""
+        self.module.update_memory(self._tensors(dict(aux)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters and buffers, flat, under torch's names."""
+        held = self.module.state_dict()
+        return {key: held[key].detach().cpu().numpy().copy() for key in layout(self.name, self.config)}
+
+    def _ids(self, input_ids: Any) -> torch.Tensor:
+        ids = np.asarray(input_ids)
+        return torch.as_tensor(ids.astype(np.int64) if ids.dtype.kind in "iu" else ids, device=self._device())
+
+    def _tensors(self, tree: Any) -> Any:
+        """NumPy arrays anywhere in `tree` as tensors on the module's device; what is a tensor or None stays."""
+        return _map(lambda leaf: torch.as_tensor(leaf, device=self._device()) if isinstance(leaf, np.ndarray) else leaf, tree)
+
+    def _device(self) -> torch.device:
+        return self.module.embedding.weight.device
+
+
+def _map(function: Any, tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_map(function, value) for value in tree)
+    return function(tree)
+
+
+def _to_numpy(tree: Any) -> Any:
+    return _map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, torch.Tensor) else leaf, tree)
