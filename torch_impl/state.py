@@ -12,9 +12,9 @@ State = dict[str, Tensor]
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless `input_ids` is a non-empty integer (B, L) with values in [0, vocab_size)."""
-    if input_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise ValueError(f"input_ids must be integers, found {input_ids.dtype}")
+    """Raise ValueError unless `input_ids` is a non-empty (B, L) of int64 or int32 with values in [0, vocab_size)."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, found {input_ids.dtype}")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must have shape (batch, length), neither of them 0, found {tuple(input_ids.shape)}")
     if torch.compiler.is_compiling():

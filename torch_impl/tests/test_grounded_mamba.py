@@ -193,7 +193,7 @@ def test_bad_states_are_named(change: str, message: str) -> None:
     (torch.zeros(2, 0, dtype=torch.int64), r"neither of them 0, found \(2, 0\)"),
     (torch.zeros(0, 3, dtype=torch.int64), r"found \(0, 3\)"),
     (torch.zeros(3, dtype=torch.int64), r"found \(3,\)"),
-    (torch.zeros(2, 3), "input_ids must be integers, found torch.float32"),
+    (torch.zeros(2, 3), "input_ids must be int64 or int32, found torch.float32"),
 ])
 def test_bad_token_ids_are_named(ids: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
