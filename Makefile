@@ -24,4 +24,4 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist outputs multirun *.egg-info cython_ext/*.c cython_ext/*.so
+	rm -rf $(VENV) build dist outputs runs multirun *.egg-info cython_ext/*.c cython_ext/*.so

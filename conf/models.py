@@ -15,7 +15,7 @@ DECAYS = ("exp_exp", "direct")
 TIME_FIRSTS = ("bonus", "gain")
 
 
-def _whole(config: Any, **least: int) -> None:
+def whole(config: Any, **least: int) -> None:
     """Raise ValueError unless each named field of `config` is an int no smaller than given."""
     for name, low in least.items():
         value = getattr(config, name)
@@ -23,12 +23,12 @@ def _whole(config: Any, **least: int) -> None:
             raise ValueError(f"{name} must be an integer of at least {low}, found {value!r}")
 
 
-def _choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     if getattr(config, name) not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {getattr(config, name)!r}")
 
 
-def _between(config: Any, name: str, low: float, high: float, *, ends: str = "()") -> None:
+def between(config: Any, name: str, low: float, high: float, *, ends: str = "()") -> None:
     """Raise ValueError unless low < field < high; a square bracket in `ends` includes that end."""
     value = getattr(config, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -72,8 +72,8 @@ class GroundedMambaConfig:
         if not isinstance(self.dt_bias, (list, tuple)):
             raise ValueError(f"dt_bias must be a list of one or two numbers, found {self.dt_bias!r}")
         object.__setattr__(self, "dt_bias", tuple(float(value) for value in self.dt_bias))
-        _whole(self, vocab_size=1, dim=1, depth=1, ssm_dim=4, rwkv_heads=1)  # a LayerNorm over fewer than 4 values keeps nothing
-        _whole(self, memory_size=0, memory_every=1, memory_writes=1, retrieval_heads=1)
+        whole(self, vocab_size=1, dim=1, depth=1, ssm_dim=4, rwkv_heads=1)  # a LayerNorm over fewer than 4 values keeps nothing
+        whole(self, memory_size=0, memory_every=1, memory_writes=1, retrieval_heads=1)
         for heads in ("rwkv_heads",) + ("retrieval_heads",) * (self.memory_size > 0):
             if self.dim % getattr(self, heads):
                 raise ValueError(f"dim must be divisible by {heads}, found dim={self.dim} and {heads}={getattr(self, heads)}")
@@ -81,16 +81,16 @@ class GroundedMambaConfig:
             raise ValueError(f"readout_norm needs heads of at least 2 channels, found dim={self.dim} and rwkv_heads={self.rwkv_heads}")
         if len(self.dt_bias) not in (1, 2) or not all(map(math.isfinite, self.dt_bias)):
             raise ValueError(f"dt_bias must hold one or two finite numbers, found {self.dt_bias}")
-        _between(self, "dt_max", 0.0, math.inf)
-        _between(self, "dt_min", 0.0, self.dt_max, ends="[)")
-        _between(self, "max_singular", 0.0, math.inf)
-        _between(self, "gate_ssm", 0.0, 1.0)
-        _between(self, "memory_alpha", 0.0, 1.0)
-        _between(self, "norm_eps", 0.0, math.inf)
-        _choice(self, "dt_clamp", DT_CLAMPS)
-        _choice(self, "gate", GATES)
-        _choice(self, "decay", DECAYS)
-        _choice(self, "time_first", TIME_FIRSTS)
+        between(self, "dt_max", 0.0, math.inf)
+        between(self, "dt_min", 0.0, self.dt_max, ends="[)")
+        between(self, "max_singular", 0.0, math.inf)
+        between(self, "gate_ssm", 0.0, 1.0)
+        between(self, "memory_alpha", 0.0, 1.0)
+        between(self, "norm_eps", 0.0, math.inf)
+        choice(self, "dt_clamp", DT_CLAMPS)
+        choice(self, "gate", GATES)
+        choice(self, "decay", DECAYS)
+        choice(self, "time_first", TIME_FIRSTS)
 
     @property
     def head_dim(self) -> int:

@@ -33,7 +33,7 @@ class GroundedMambaModel:
     """
 
     def __init__(
-        self, config: GroundedMambaConfig | None = None, *, impl: str = "chunked", chunk_size: int = 64, remat: bool = False, dtype: str = "float32"
+        self, config: GroundedMambaConfig | None = None, *, impl: str = "chunked", chunk_size: int = 32, remat: bool = False, dtype: str = "float32"
     ) -> None:
         self.config = GroundedMambaConfig.of(config)
         self.dtype = np.dtype(dtype)

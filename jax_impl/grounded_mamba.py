@@ -63,7 +63,7 @@ class GroundedMamba(nnx.Module):
 
     def __init__(
         self, config: GroundedMambaConfig | None = None, *, vocab_size: int | None = None, dim: int | None = None, depth: int | None = None,
-        ssm_dim: int | None = None, rwkv_heads: int | None = None, impl: str = "chunked", chunk_size: int = 64, remat: bool = False,
+        ssm_dim: int | None = None, rwkv_heads: int | None = None, impl: str = "chunked", chunk_size: int = 32, remat: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = GroundedMambaConfig.of(config, vocab_size=vocab_size, dim=dim, depth=depth, ssm_dim=ssm_dim, rwkv_heads=rwkv_heads)

@@ -60,7 +60,7 @@ class GroundedMamba(nn.Module):
 
     def __init__(
         self, config: GroundedMambaConfig | None = None, *, vocab_size: int | None = None, dim: int | None = None, depth: int | None = None,
-        ssm_dim: int | None = None, rwkv_heads: int | None = None, impl: str = "chunked", chunk_size: int = 64,
+        ssm_dim: int | None = None, rwkv_heads: int | None = None, impl: str = "chunked", chunk_size: int = 32,
     ) -> None:
         super().__init__()
         self.config = GroundedMambaConfig.of(config, vocab_size=vocab_size, dim=dim, depth=depth, ssm_dim=ssm_dim, rwkv_heads=rwkv_heads)

@@ -18,7 +18,7 @@ TIME_FIRSTS = ("bonus", "gain")
 
 def wkv(
     r: Array, k: Array, v: Array, w: Array, u: Array, initial_state: Array | None = None, *,
-    time_first: str = "bonus", impl: str = "recurrent", chunk_size: int = 64,
+    time_first: str = "bonus", impl: str = "recurrent", chunk_size: int = 32,
 ) -> tuple[Array, Array]:
     """Read and write the memory along L.
 

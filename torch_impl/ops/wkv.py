@@ -18,7 +18,7 @@ TIME_FIRSTS = ("bonus", "gain")
 
 def wkv(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None = None, *,
-    time_first: str = "bonus", impl: str = "recurrent", chunk_size: int = 64,
+    time_first: str = "bonus", impl: str = "recurrent", chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Read and write the memory along L.
 

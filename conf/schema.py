@@ -1,0 +1,231 @@
+"""Schemas of the Hydra tree: one dataclass for each section of `train.yaml`. Standard library only.
+
+Hydra checks keys and types against these classes; the ranges are checked when the objects are made, so a run first turns
+its configuration into objects. Messages name the field without its section; the command line adds the section.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.models import GroundedMambaConfig, between, choice, whole
+
+MODELS = {"grounded_mamba": GroundedMambaConfig}
+BACKENDS = ("torch", "torch_compiled", "jax")
+DTYPES = ("float32", "float64")
+PARTS = ("topics", "docstrings", "source")
+TOKENIZERS = ("bytes", "bpe")
+BYTE_VOCABULARY = 258  # 256 bytes, end of document, padding
+STATE_KINDS = ("ssm", "wkv")
+TRACKERS = ("wandb", "none")
+TRACKER_MODES = ("offline", "online", "disabled")
+ARTIFACTS = ("none", "final", "all")
+
+
+def _at_least(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        between(config, name, low, math.inf, ends="[)")
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """What computes: framework, precision, threads (None leaves the framework's choice)."""
+
+    name: str = "torch_compiled"
+    dtype: str = "float32"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        choice(self, "name", BACKENDS)
+        choice(self, "dtype", DTYPES)
+        if self.threads is not None:
+            whole(self, threads=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, its split by file and its tokens. `path` (a file or folder of UTF-8 text) replaces CPython's own text."""
+
+    path: str | None = None
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    tokenizer: str = "bytes"
+    vocab_size: int = BYTE_VOCABULARY
+    validation_fraction: float = 0.05
+    permute_rows: bool = False  # same lanes in another order in memory: another order of summation, the same mathematics
+    cache_dir: str = "runs/cache"
+
+    def __post_init__(self) -> None:
+        choice(self, "tokenizer", TOKENIZERS)
+        between(self, "validation_fraction", 0.0, 0.5, ends="(]")
+        if self.tokenizer == "bytes" and self.vocab_size != BYTE_VOCABULARY:
+            raise ValueError(f"vocab_size must be {BYTE_VOCABULARY} with tokenizer='bytes', found {self.vocab_size}")
+        whole(self, vocab_size=BYTE_VOCABULARY)
+        unknown = sorted(set(self.parts) - set(PARTS))
+        if unknown or (self.path is None and not self.parts):
+            raise ValueError(f"parts must name some of {', '.join(PARTS)}, found {list(self.parts)}")
+        if self.path is not None and not self.path:
+            raise ValueError("path must name a file or a folder, found an empty string")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """One AdamW group: factor on the learning rate and decoupled weight decay."""
+
+    rate: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0.0, "rate", "weight_decay")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW, clipping by the global norm, warm-up and cosine down to `floor`."""
+
+    rate: float = 2e-2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    warmup: int = 100
+    floor: float = 0.1
+    ssm: GroupConfig = field(default_factory=lambda: GroupConfig(0.5, 0.1))
+    rwkv: GroupConfig = field(default_factory=lambda: GroupConfig(0.3, 0.01))
+    norm: GroupConfig = field(default_factory=lambda: GroupConfig(1.0, 0.0))
+    other: GroupConfig = field(default_factory=lambda: GroupConfig(1.0, 0.1))
+
+    def __post_init__(self) -> None:
+        between(self, "rate", 0.0, math.inf)
+        between(self, "beta1", 0.0, 1.0, ends="[)")
+        between(self, "beta2", 0.0, 1.0, ends="[)")
+        between(self, "eps", 0.0, math.inf)
+        between(self, "clip_norm", 0.0, math.inf)
+        between(self, "floor", 0.0, 1.0, ends="[]")
+        whole(self, warmup=0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the parts of the loss; `state_penalty` names the states whose norm is held near `state_norm`."""
+
+    state_penalty: list[str] = field(default_factory=lambda: ["ssm"])
+    state_weight: float = 0.1
+    state_norm: float = 5.0
+    smooth_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0.0, "state_weight", "state_norm", "smooth_weight")
+        unknown = sorted(set(self.state_penalty) - set(STATE_KINDS))
+        if unknown or len(set(self.state_penalty)) != len(self.state_penalty):
+            raise ValueError(f"state_penalty must name each of {', '.join(STATE_KINDS)} at most once, found {list(self.state_penalty)}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batches and the loop. `stop_at` ends a run early and leaves the schedule of `steps` as it is."""
+
+    steps: int = 2000
+    stop_at: int | None = None
+    batch_size: int = 8
+    context: int = 128
+    accumulation: int = 1
+    carry_states: bool = True
+    log_every: int = 10
+    monitor_every: int = 50
+
+    def __post_init__(self) -> None:
+        whole(self, steps=1, batch_size=1, context=2, accumulation=1, log_every=1, monitor_every=1)
+        if self.stop_at is not None:
+            whole(self, stop_at=1)
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation must divide batch_size, found accumulation={self.accumulation} and batch_size={self.batch_size}")
+
+    @property
+    def last_step(self) -> int:
+        """Number of the step after which the run ends."""
+        return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation in a streamed pass over held-out text, the sample, and the lengths of the long-context task."""
+
+    every: int = 250
+    tokens: int = 131072
+    final_tokens: int = 262144
+    batch_size: int = 16
+    sample_prompt: str = "def "
+    sample_tokens: int = 240
+    temperature: float = 0.7
+    top_k: int | None = 40
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192, 16384])
+    chunk: int = 512
+
+    def __post_init__(self) -> None:
+        whole(self, every=1, tokens=2, final_tokens=2, batch_size=1, sample_tokens=0, chunk=1)
+        between(self, "temperature", 0.0, math.inf, ends="[)")
+        if self.top_k is not None:
+            whole(self, top_k=1)
+        if not self.lengths or any(length < 1 for length in self.lengths):
+            raise ValueError(f"lengths must hold positive numbers of tokens, found {list(self.lengths)}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a checkpoint is written and how many of the newest are kept."""
+
+    every: int = 250
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        whole(self, every=1, keep=1)
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Where the run is logged besides its own folder. `artifacts`: which checkpoints are copied into W&B."""
+
+    name: str = "wandb"
+    mode: str = "offline"
+    project: str = "groundwave"
+    entity: str | None = None
+    group: str | None = None
+    artifacts: str = "final"
+
+    def __post_init__(self) -> None:
+        choice(self, "name", TRACKERS)
+        choice(self, "mode", TRACKER_MODES)
+        choice(self, "artifacts", ARTIFACTS)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Root of `train.yaml`. `model` holds an object of the class that `architecture` names in `MODELS`."""
+
+    architecture: str = "grounded_mamba"
+    seed: int = 0
+    output_dir: str = "runs"
+    run_dir: str | None = None
+    resume: str = "none"
+    long_context: bool = True
+    model: Any = field(default_factory=GroundedMambaConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def __post_init__(self) -> None:
+        choice(self, "architecture", tuple(MODELS))
+        choice(self, "resume", ("none", "auto"))
+        whole(self, seed=0)
+        if self.model.vocab_size < self.data.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least data.vocab_size, found model.vocab_size={self.model.vocab_size} "
+                f"and data.vocab_size={self.data.vocab_size}"
+            )

@@ -1,0 +1,56 @@
+"""The schemas refuse impossible values and name the field, without Hydra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conf import schema
+from conf.models import GroundedMambaConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (schema.BackendConfig, {"name": "numpy"}, "name must be one of"),
+        (schema.BackendConfig, {"dtype": "float16"}, "dtype must be one of"),
+        (schema.BackendConfig, {"threads": 0}, "threads must be an integer of at least 1"),
+        (schema.DataConfig, {"vocab_size": 300}, "vocab_size must be 258 with tokenizer='bytes', found 300"),
+        (schema.DataConfig, {"tokenizer": "bpe", "vocab_size": 200}, "vocab_size must be an integer of at least 258"),
+        (schema.DataConfig, {"validation_fraction": 0.0}, "validation_fraction must lie in"),
+        (schema.DataConfig, {"parts": ["novels"]}, "parts must name some of"),
+        (schema.DataConfig, {"parts": []}, "parts must name some of"),
+        (schema.DataConfig, {"path": ""}, "path must name a file"),
+        (schema.GroupConfig, {"rate": -0.1}, "rate must lie in"),
+        (schema.GroupConfig, {"weight_decay": float("nan")}, "weight_decay must lie in"),
+        (schema.OptimiserConfig, {"rate": 0.0}, "rate must lie in"),
+        (schema.OptimiserConfig, {"beta2": 1.0}, "beta2 must lie in"),
+        (schema.OptimiserConfig, {"clip_norm": -1.0}, "clip_norm must lie in"),
+        (schema.OptimiserConfig, {"warmup": -1}, "warmup must be an integer of at least 0"),
+        (schema.LossConfig, {"state_penalty": ["ssm", "ssm"]}, "state_penalty must name each of"),
+        (schema.LossConfig, {"smooth_weight": -1.0}, "smooth_weight must lie in"),
+        (schema.TrainingConfig, {"batch_size": 6, "accumulation": 4}, "accumulation must divide batch_size"),
+        (schema.TrainingConfig, {"context": 1}, "context must be an integer of at least 2"),
+        (schema.TrainingConfig, {"stop_at": 0}, "stop_at must be an integer of at least 1"),
+        (schema.EvaluationConfig, {"lengths": []}, "lengths must hold positive numbers"),
+        (schema.EvaluationConfig, {"top_k": 0}, "top_k must be an integer of at least 1"),
+        (schema.CheckpointConfig, {"keep": 0}, "keep must be an integer of at least 1"),
+        (schema.TrackerConfig, {"mode": "sometimes"}, "mode must be one of"),
+        (schema.TrackerConfig, {"artifacts": "some"}, "artifacts must be one of"),
+        (schema.TrainConfig, {"architecture": "transformer"}, "architecture must be one of"),
+        (schema.TrainConfig, {"seed": -1}, "seed must be an integer of at least 0"),
+        (schema.TrainConfig, {"resume": "maybe"}, "resume must be one of"),
+        (schema.TrainConfig, {"model": GroundedMambaConfig(vocab_size=100)}, "model.vocab_size must be at least data.vocab_size"),
+    ],
+)
+def test_impossible_value_is_refused_by_name(kind: type, fields: dict[str, Any], message: str) -> None:
+    kind()  # the defaults are possible
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)
+
+
+def test_stop_at_ends_early_and_never_late() -> None:
+    assert schema.TrainingConfig(steps=9).last_step == 9
+    assert schema.TrainingConfig(steps=9, stop_at=4).last_step == 4
+    assert schema.TrainingConfig(steps=9, stop_at=40).last_step == 9

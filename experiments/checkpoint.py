@@ -1,0 +1,185 @@
+"""Checkpoints of a run: written whole under another name, then renamed, so that a kill at any moment leaves the last good one.
+
+    RUN/checkpoints/step-00000200/model/                  what `runtime.save` writes: `runtime.load` reads it, on any backend
+    RUN/checkpoints/step-00000200/training.safetensors    optimiser.{first,second}.NAME, states.LAYER.KIND
+    RUN/checkpoints/step-00000200/checkpoint.json         step, position in the data, configuration, environment, W&B run, sha256 of the rest
+
+`checkpoint.json` is written last, and a folder is read only if everything that it lists is there unaltered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runtime
+from conf.schema import TrainConfig
+from experiments.errors import RunError
+from runtime.checkpoint import load_arrays
+from runtime.files import digest, write_arrays
+
+FOLDER = "checkpoints"
+_PREFIX = "step-"
+_WRITING = ".writing-"
+_DESCRIPTION = "checkpoint.json"
+_TRAINING = "training.safetensors"
+# Fields that do not change what is computed: a run may be resumed with others.
+_FREE = {
+    "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "data.cache_dir", "backend.threads",
+    "training.stop_at", "training.log_every", "training.monitor_every",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    path: Path
+    arrays: dict[str, np.ndarray]  # parameters and buffers, torch names
+    optimiser: dict[str, np.ndarray]
+    states: dict[str, np.ndarray]
+    description: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Number of optimiser steps done."""
+        return int(self.description["step"])
+
+
+def save(
+    run: Path, model: Any, optimiser: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray], description: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint of `description["step"]` and drop all but the newest `keep`. Returns its folder. Raises RunError if that fails."""
+    root = run / FOLDER
+    target = root / f"{_PREFIX}{description['step']:08d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f"{_WRITING}*"):
+            shutil.rmtree(left)
+        if target.exists():
+            if _problem(target) is None:
+                return target
+            shutil.rmtree(target)
+        temporary = root / f"{_WRITING}{target.name}"
+        temporary.mkdir()
+        runtime.save(model, temporary / "model")
+        training = {f"optimiser.{name}": value for name, value in optimiser.items()} | {f"states.{name}": value for name, value in states.items()}
+        write_arrays(temporary / _TRAINING, training)
+        _flush(temporary / _TRAINING)
+        files = {path.relative_to(temporary).as_posix(): digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+        (temporary / _DESCRIPTION).write_text(json.dumps({**description, "files": files}, indent=1) + "\n", encoding="utf-8")
+        _flush(temporary / _DESCRIPTION)
+        _flush(temporary / "model")
+        _flush(temporary)
+        os.rename(temporary, target)
+        _flush(root)
+        for old in _folders(root)[keep:]:
+            _discard(old)
+    except OSError as error:
+        raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; one line on stderr for each newer one that cannot."""
+    for folder in _folders(run / FOLDER):
+        problem = _problem(folder)
+        if problem is None:
+            try:
+                return _read(folder)
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        print(f"groundwave: checkpoint {folder} is passed over: {problem}", file=sys.stderr)
+    return None
+
+
+def newest_run(output: Path, config: TrainConfig) -> Path | None:
+    """The run folder below `output` with a checkpoint of this configuration that was written last."""
+    found = []
+    for folder in output.glob(f"*/{FOLDER}"):
+        for checkpoint in _folders(folder)[:1]:
+            try:
+                description = _description(checkpoint)
+            except (OSError, ValueError):
+                continue
+            if not config_differences(description.get("config", {}), config):
+                found.append((checkpoint.stat().st_mtime, folder.parent))
+    return max(found)[1] if found else None
+
+
+def config_differences(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """One line for every field that changes what is computed and differs from the configuration of a checkpoint."""
+    now = _fields(json.loads(json.dumps(dataclasses.asdict(config))))  # through JSON: tuples are lists there
+    then = _fields(before)
+    return [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+
+
+def _fields(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in tree.items():
+        full = f"{path}{name}"
+        if full not in _FREE:
+            fields |= _fields(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+    return fields
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    return sorted((path for path in root.glob(f"{_PREFIX}*") if path.is_dir()), key=lambda path: path.name, reverse=True)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    if not isinstance(described, dict) or not isinstance(described.get("step"), int) or not isinstance(described.get("files"), dict):
+        raise ValueError(f"{_DESCRIPTION} must hold an object with step and files")
+    return described
+
+
+def _problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    try:
+        described = _description(folder)
+        for name, expected in described["files"].items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if digest(folder / name) != expected:
+                return f"{name} is truncated or altered (its sha256 is not the one recorded)"
+    except OSError as error:
+        return f"{_DESCRIPTION}: {error.strerror or error}"
+    except ValueError as error:
+        return f"{_DESCRIPTION} is truncated or altered ({error})"
+    return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    _, _, arrays, _ = load_arrays(folder / "model")
+    training = runtime.read_arrays(folder / _TRAINING)
+    parts: dict[str, dict[str, np.ndarray]] = {"optimiser": {}, "states": {}}
+    for name, value in training.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = value
+    return Checkpoint(folder, arrays, parts["optimiser"], parts["states"], _description(folder))
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint; a kill in the middle leaves a name that nobody reads."""
+    gone = folder.with_name(f"{_WRITING}old-{folder.name}")
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

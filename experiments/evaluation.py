@@ -1,0 +1,56 @@
+"""Validation in a streamed pass over held-out text: bits per byte from the cross-entropy alone, and the trigram's on the same bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.data.tokens import PADDING, Tokenizer
+from experiments.ngram import Trigram, bits_per_byte
+from experiments.steps.base import TrainStep
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Bits per byte, perplexity per token, and over how much they were taken."""
+
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    bytes: int
+
+
+def validate(step: TrainStep, lanes: np.ndarray, tokenizer: Tokenizer, chunk: int) -> Validation:
+    """Run the lanes (B, S + 1) through the model in chunks of columns, states handed on from zero.
+
+    Every lane's first token is given and not scored. Ends of documents are predicted too; only bytes are divided by.
+    """
+    total, states = 0.0, None
+    for start in range(0, lanes.shape[1] - 1, chunk):
+        window = lanes[:, start : start + chunk + 1]
+        nats, states = step.evaluate(np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:]), states)
+        total += nats
+    tokens, count = lanes.shape[0] * (lanes.shape[1] - 1), scored_bytes(lanes, tokenizer)
+    return Validation(bits_per_byte(total, count), math.exp(min(total / tokens, 700.0)), tokens, count)
+
+
+def scored_bytes(lanes: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Number of bytes that the columns after the first stand for."""
+    return sum(int((tokenizer.symbols(lane[1:]) < 256).sum()) for lane in lanes)
+
+
+def trigram_bits_per_byte(trigram: Trigram, lanes: np.ndarray, tokenizer: Tokenizer) -> float:
+    """The trigram on the same bytes: whatever the model's first token of a lane stands for is context and not scored."""
+    bits = 0.0
+    for lane in lanes:
+        context = tokenizer.symbols(lane[:1])
+        symbols = np.concatenate([context[-1:], tokenizer.symbols(lane[1:])])
+        bits += trigram.bits(symbols)
+    return bits / scored_bytes(lanes, tokenizer)
+
+
+def seen_symbols(runs: list[np.ndarray], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Bytes and ends of documents that runs of tokens stand for."""
+    return [tokenizer.symbols(run[run != PADDING]) for run in runs]

@@ -1,0 +1,161 @@
+"""What a run needs before its first step: data, model, optimiser, and where it goes on if it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+import runtime
+from conf.schema import TrainConfig
+from experiments import checkpoint, environment
+from experiments.data import batches, corpus, tokens
+from experiments.errors import RunError
+from experiments.steps import TrainStep, make
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Session:
+    """A run, ready to go on after `start` steps."""
+
+    config: TrainConfig
+    folder: Path
+    tokenizer: tokens.Tokenizer
+    stream: batches.Stream
+    held_out: np.ndarray  # (n,) tokens
+    step: TrainStep
+    start: int
+    tracker_id: str | None
+    seconds: float  # of training, before this process
+    environment: dict[str, str]
+    data: dict[str, Any]
+
+    def parameters(self) -> int:
+        """Trainable and frozen parameters, the tied head once, the memory bank left out."""
+        from runtime.arrays import parameter_count
+
+        return parameter_count(self.config.architecture, self.config.model)
+
+
+def prepare(config: TrainConfig, folder: Path) -> Session:
+    """Read the data, build or restore the model, and write what describes the run. Raises RunError for what the user can put right."""
+    resumed = _resumed(config, folder)
+    text = corpus.load(config.data)
+    tokenizer = tokens.tokenizer(config.data, text)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise RunError(f"model.vocab_size: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}")
+    training = config.training
+    stream = batches.Stream(batches.encode(text.training, tokenizer), training.batch_size, training.context, config.seed)
+    held_out = batches.held_out(batches.encode(text.validation, tokenizer))
+    try:
+        model = runtime.build(
+            config.architecture, config.model, backend=config.backend.name, arrays=resumed.arrays if resumed else None,
+            dtype=config.backend.dtype, seed=config.seed,
+        )
+    except ImportError as error:
+        raise RunError(f"backend: {error}") from error
+    _threads(config)
+    step = make(model, config)
+    if resumed:
+        step.load_optimiser(resumed.optimiser, resumed.step)
+        step.load_carried(resumed.states)
+    described = environment.describe()
+    data = {"sha256": text.sha256, "training_tokens": stream.tokens, "held_out_tokens": len(held_out), "files": text.listing()}
+    _describe(config, folder, described, data)
+    if resumed:
+        _warn(resumed, described, text.sha256)
+    _trim(folder / METRICS, resumed.step if resumed else 0)
+    description = resumed.description if resumed else {}
+    return Session(
+        config, folder, tokenizer, stream, held_out, step, resumed.step if resumed else 0,
+        description.get("tracker_id"), float(description.get("seconds", 0.0)), described, data,
+    )
+
+
+def save(session: Session, done: int, seconds: float, tracker_id: str | None) -> Path:
+    """Write a checkpoint after `done` steps."""
+    stream = session.stream
+    description = {
+        "step": done,
+        "seed": session.config.seed,
+        "data": {"sha256": session.data["sha256"], "epoch": done // stream.steps_per_epoch, "step_in_epoch": done % stream.steps_per_epoch},
+        "config": plain(session.config),
+        "environment": session.environment,
+        "tracker_id": tracker_id,
+        "seconds": round(seconds, 3),
+    }
+    step = session.step
+    return checkpoint.save(session.folder, step.model, step.optimiser_arrays(), step.carried(), description, session.config.checkpoint.keep)
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as dicts, lists, strings and numbers."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _resumed(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
+    existing = any((folder / checkpoint.FOLDER).glob("step-*"))
+    if config.resume == "none":
+        if existing:
+            raise RunError(f"run_dir: {folder} already holds checkpoints; add resume=auto to go on from them, or choose another folder")
+        return None
+    found = checkpoint.newest(folder)
+    if found is None:
+        print(f"groundwave: no readable checkpoint in {folder}, starting from the beginning", file=sys.stderr)
+        return None
+    different = checkpoint.config_differences(found.description.get("config", {}), config)
+    if different:
+        raise RunError(f"resume: {found.path} is of another configuration: {'; '.join(different)}")
+    return found
+
+
+def _warn(found: checkpoint.Checkpoint, now: dict[str, str], sha256: str) -> None:
+    before = found.description["data"]["sha256"]
+    if before != sha256:
+        raise RunError(f"resume: the text is not the one that {found.path} was trained on (sha256 {before[:12]}, now {sha256[:12]})")
+    for line in environment.differences(found.description.get("environment", {}), now):
+        print(f"groundwave: resumed where {line}: the run may differ in the last bits", file=sys.stderr)
+
+
+def _threads(config: TrainConfig) -> None:
+    if config.backend.threads is None:
+        return
+    import cython_ext
+
+    cython_ext.set_num_threads(config.backend.threads)
+    if config.backend.name != "jax":
+        import torch
+
+        torch.set_num_threads(config.backend.threads)
+
+
+def _describe(config: TrainConfig, folder: Path, described: dict[str, str], data: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _trim(path: Path, step: int) -> None:
+    """Keep the lines of the metrics file up to `step`: those after it will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # cut short by the kill
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,229 @@
+"""The training step in JAX: two jitted functions, gradient and update. Letters as in `experiments.steps.base`.
+
+The optimiser works on flat dicts, torch name -> leaf in Flax's layout, so that groups, moments and gradients go by the same names as
+in torch. Every call runs inside `enable_x64` when the model is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from conf.schema import LossConfig, TrainConfig
+from experiments.steps.base import IGNORED, States, TrainStep
+from experiments.steps.groups import GROUPS, group_of
+from jax_impl.weights import flatten, torch_name
+
+Flat = dict[str, Any]
+
+
+def norm(x: Array) -> Array:
+    """Euclidean norm along the last axis, with gradient zero where the norm is zero."""
+    square = (x * x).sum(-1)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def _nats(logits: Array, labels: Array) -> Array:
+    """Cross-entropy (B, L) of each label, zero where it is ignored."""
+    kept = labels != IGNORED
+    target = jnp.where(kept, labels, 0)
+    return -jnp.where(kept, jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0], 0.0)
+
+
+def loss_parts(logits: Array, labels: Array, states: States, config: LossConfig) -> dict[str, Array]:
+    """The loss and its weighted parts. logits (B, L, V), labels (B, L), states as the model returns them."""
+    cross_entropy = _nats(logits, labels).sum() / jnp.maximum((labels != IGNORED).sum(), 1)
+    penalty = jnp.zeros((), logits.dtype)
+    for state in states:
+        for kind in config.state_penalty:
+            penalty = penalty + (norm(state[kind]).mean() - config.state_norm) ** 2
+    penalty = config.state_weight * penalty
+    smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else jnp.zeros((), logits.dtype)
+    return {"loss": cross_entropy + penalty + smoothness, "cross_entropy": cross_entropy, "state_penalty": penalty, "smoothness": smoothness}
+
+
+class Functions:
+    """The pure functions of a step, jitted once for a configuration: steps of a sweep over seeds share what XLA compiled."""
+
+    _made: ClassVar[dict[str, Functions]] = {}
+
+    @classmethod
+    def of(cls, function: Any, params: Any, config: TrainConfig) -> Functions:
+        """The functions for a model's functional face, its parameters' structure and the parts of the configuration that are compiled in."""
+        key = repr((function.config, config.backend.dtype, config.loss, config.optimiser, config.training.accumulation))
+        if key not in cls._made:
+            cls._made[key] = cls(function, params, config)
+        return cls._made[key]
+
+    def __init__(self, function: Any, params: Any, config: TrainConfig) -> None:
+        self.function, self.config = function, config
+        self.paths = {torch_name(path): path for path in flatten(params)}
+        settings = config.optimiser
+        adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "eps", "weight_decay"))
+        self.transform = optax.partition(
+            {
+                group: adamw(
+                    learning_rate=0.0, b1=settings.beta1, b2=settings.beta2, eps=settings.eps, weight_decay=getattr(settings, group).weight_decay
+                )
+                for group in GROUPS
+            },
+            {name: group_of(name) for name in self.paths},
+        )
+        self.gradient = jax.jit(self._gradient)
+        self.update = jax.jit(self._update)
+        self.update_memory = jax.jit(function.update_memory)
+        self.evaluation = jax.jit(self._evaluation)
+
+    def flat(self, params: Any) -> Flat:
+        return {torch_name(path): leaf for path, leaf in flatten(params).items()}
+
+    def nested(self, flat: Flat) -> Any:
+        tree: dict[Any, Any] = {}
+        for name, path in self.paths.items():
+            here = tree
+            for part in path[:-1]:
+                here = here.setdefault(part, {})
+            here[path[-1]] = flat[name]
+        return tree
+
+    def _gradient(self, variables: Any, ids: Array, labels: Array, states: States) -> tuple[Flat, dict[str, Array], States, dict[str, Any]]:
+        def loss(params: Any) -> tuple[Array, Any]:
+            logits, after, aux = self.function.apply({**variables, "params": params}, ids, states, return_aux=True)
+            parts = loss_parts(logits, labels, after, self.config.loss)
+            return parts["loss"] / self.config.training.accumulation, (parts, after, aux)
+
+        gradient, (parts, after, aux) = jax.grad(loss, has_aux=True)(variables["params"])
+        return self.flat(gradient), parts, after, aux
+
+    def _update(self, params: Any, optimiser: Any, gradient: Flat, rates: dict[str, Array]) -> tuple[Any, Any, Array]:
+        total = jnp.sqrt(sum((leaf * leaf).sum() for leaf in gradient.values()))
+        factor = jnp.minimum(1.0, self.config.optimiser.clip_norm / (total + 1e-6))  # torch's formula
+        inner = {}
+        for group, masked in optimiser.inner_states.items():
+            injected = masked.inner_state
+            injected = injected._replace(hyperparams={**injected.hyperparams, "learning_rate": rates[group]})
+            inner[group] = masked._replace(inner_state=injected)
+        flat = self.flat(params)
+        updates, optimiser = self.transform.update(jax.tree.map(lambda leaf: leaf * factor, gradient), optimiser._replace(inner_states=inner), flat)
+        return self.nested(optax.apply_updates(flat, updates)), optimiser, total
+
+    def _evaluation(self, variables: Any, ids: Array, labels: Array, states: States) -> tuple[Array, States, dict[str, Any]]:
+        logits, after, aux = self.function.apply(variables, ids, states, return_aux=True)
+        return _nats(logits, labels), after, aux
+
+
+class JaxStep(TrainStep):
+    """AdamW over the groups of `GROUPS`; leaves frozen by the configuration are buffers and in none of them."""
+
+    def __init__(self, model: Any, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        self._functions = Functions.of(model.model, model.variables["params"], config)
+        self._grads: Flat | None = None
+        with self._precision():
+            self._optimiser = self._functions.transform.init(self._functions.flat(model.variables["params"]))
+
+    def _precision(self) -> Any:
+        return jax.enable_x64(self.config.backend.dtype == "float64")
+
+    def zero_states(self, batch_size: int) -> States:
+        with self._precision():
+            return self.model.model.init_states(batch_size)
+
+    def evaluate(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States]:
+        nats, after, _ = self._evaluated(ids, labels, states)
+        return nats, after
+
+    def observe(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States, dict[str, Any]]:
+        nats, after, aux = self._evaluated(ids, labels, states)
+        return nats, after, {"states": self._numpy(after), "ssm_states": self._numpy(aux["ssm_states"])}
+
+    def _evaluated(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States, dict[str, Any]]:
+        states = self.zero_states(len(ids)) if states is None else states
+        with self._precision():
+            each, after, aux = self._functions.evaluation(self.model.variables, ids, labels, states)
+        return float(np.asarray(each, dtype=np.float64).sum()), after, aux
+
+    def optimiser_arrays(self) -> dict[str, np.ndarray]:
+        arrays = {}
+        for masked in self._optimiser.inner_states.values():
+            moments = _moments(masked.inner_state.inner_state)
+            for label, tree in (("first", moments.mu), ("second", moments.nu)):
+                arrays |= {f"{label}.{name}": self._torch_layout(name, leaf) for name, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
+        return arrays
+
+    def load_optimiser(self, arrays: Mapping[str, np.ndarray], steps: int) -> None:
+        self.steps_done = steps
+        inner = {}
+        with self._precision():
+            for group, masked in self._optimiser.inner_states.items():
+                held = masked.inner_state.inner_state
+                moments = _moments(held)
+                count = jnp.asarray(steps, moments.count.dtype)
+                loaded = moments._replace(count=count, mu=self._load(moments.mu, "first", arrays), nu=self._load(moments.nu, "second", arrays))
+                chain = tuple(loaded if part is moments else part for part in held)
+                inner[group] = masked._replace(inner_state=masked.inner_state._replace(count=count, inner_state=chain))
+        self._optimiser = self._optimiser._replace(inner_states=inner)
+
+    def _load(self, tree: Flat, label: str, arrays: Mapping[str, np.ndarray]) -> Flat:
+        return {
+            name: leaf if isinstance(leaf, optax.MaskedNode) else jnp.array(self._torch_layout(name, arrays[f"{label}.{name}"]), leaf.dtype)
+            for name, leaf in tree.items()
+        }
+
+    def _torch_layout(self, name: str, leaf: Any) -> np.ndarray:
+        """A leaf in torch's layout, or back: the transpose is its own inverse."""
+        value = np.asarray(leaf)
+        return np.array(value.T if self._functions.paths[name][-1] == "kernel" else value, order="C")
+
+    def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
+        with self._precision():
+            gradient, parts, after, aux = self._functions.gradient(self.model.variables, ids, labels, states)
+            self._grads = gradient if self._grads is None else jax.tree.map(jnp.add, self._grads, gradient)
+        return jax.device_get(parts), after, aux
+
+    def _apply(self, rates: Mapping[str, float]) -> float:
+        variables = self.model.variables
+        with self._precision():
+            given = {group: jnp.asarray(rates[group], self.config.backend.dtype) for group in GROUPS}
+            params, self._optimiser, total = self._functions.update(variables["params"], self._optimiser, self._grads, given)
+        self.model.variables = {**variables, "params": params}
+        self._grads = None
+        return float(total)
+
+    def _gradients(self) -> dict[str, np.ndarray]:
+        return {name: self._torch_layout(name, leaf) for name, leaf in (self._grads or {}).items()}
+
+    def _update_memory(self, aux: dict[str, Any]) -> None:
+        if self.model.config.memory_size:
+            with self._precision():
+                self.model.variables = self._functions.update_memory(self.model.variables, aux)
+
+    def _aux(self, ids: np.ndarray, states: States) -> dict[str, Any]:
+        return self._evaluated(ids, ids, states)[2]
+
+    def _native(self, tree: Any) -> Any:
+        with self._precision():
+            return jax.tree.map(jnp.asarray, tree)
+
+    def _numpy(self, tree: Any) -> Any:
+        return jax.tree.map(np.array, tree)
+
+    def _rows(self, states: States, rows: np.ndarray) -> States:
+        with self._precision():
+            return jax.tree.map(lambda leaf: leaf[rows], states)
+
+    def _joined(self, groups: tuple[States, ...]) -> States:
+        with self._precision():
+            return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
+
+
+def _moments(chain: tuple[Any, ...]) -> optax.ScaleByAdamState:
+    """Adam's own state among the states of `optax.adamw`'s parts."""
+    return next(part for part in chain if isinstance(part, optax.ScaleByAdamState))

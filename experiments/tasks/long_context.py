@@ -1,0 +1,102 @@
+"""Long context: held-out text streamed through a trained model in chunks, its states handed on.
+
+For each length: perplexity, tokens per second, RMS and lag-256 autocorrelation of the SSM state, largest WKV entry, peak memory.
+A healthy model does not get worse with length, its SSM state keeps moving, and neither the WKV memory nor the process grows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from experiments.errors import RunError
+from experiments.monitors.memory import peak_bytes, reset_peak
+from experiments.monitors.statistics import STATE_LAG
+from experiments.steps.base import TrainStep
+
+LAG = 4 * STATE_LAG
+
+
+@dataclass(frozen=True)
+class Row:
+    """One length. `autocorrelation` is the greatest over layers, NaN for a stream no longer than the lag; `wkv_largest` over all chunks."""
+
+    tokens: int
+    perplexity: float
+    second_half_perplexity: float
+    tokens_per_second: float
+    ssm_rms: float
+    autocorrelation: float
+    wkv_largest: float
+    peak_megabytes: float
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the fields, in order."""
+        return list(cls.__dataclass_fields__)
+
+    def values(self) -> list[float]:
+        """The fields, in order."""
+        return list(asdict(self).values())
+
+
+class LaggedProducts:
+    """Running sums of <h_t, h_{t+lag}> over a stream that comes in chunks; keeps `lag` states and no more."""
+
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
+        self._last: np.ndarray | None = None
+        self._sums = np.zeros(3)
+
+    def add(self, states: np.ndarray) -> None:
+        """The next states (B, T, N)."""
+        states = states.astype(np.float64)
+        joined = states if self._last is None else np.concatenate([self._last, states], axis=1)
+        new = min(states.shape[1], joined.shape[1] - self.lag)
+        if new > 0:
+            later, earlier = joined[:, -new:], joined[:, -new - self.lag : -self.lag]
+            self._sums += [(later * earlier).sum(), (later * later).sum(), (earlier * earlier).sum()]
+        self._last = joined[:, -self.lag :].copy()
+
+    def value(self) -> float:
+        """The autocorrelation of `experiments.monitors.statistics`; NaN for a stream no longer than the lag."""
+        product, later, earlier = self._sums
+        return float(product / math.sqrt(later * earlier)) if later * earlier > 0 else math.nan
+
+
+def measure(step: TrainStep, stream: np.ndarray, length: int, chunk: int) -> Row:
+    """Stream the first `length` predictions of `stream` (n,) through the model. Raises RunError for a stream that is too short."""
+    if len(stream) <= length:
+        raise RunError(f"evaluation.lengths: {length} tokens were asked for, the held-out text has {len(stream)}")
+    reset_peak()
+    halves, states, squares, count, largest = [0.0, 0.0], None, 0.0, 0, 0.0
+    products: list[LaggedProducts] = []
+    started = time.perf_counter()
+    for start in range(0, length, chunk):
+        window = stream[None, start : min(start + chunk, length) + 1].astype(np.int64)
+        nats, states, seen = step.observe(np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:]), states)
+        halves[int(start >= length // 2)] += nats
+        products = products or [LaggedProducts(LAG) for _ in seen["ssm_states"]]
+        for running, trajectory in zip(products, seen["ssm_states"], strict=True):
+            running.add(trajectory)
+            squares, count = squares + float((trajectory.astype(np.float64) ** 2).sum()), count + trajectory.size
+        largest = max(largest, *(float(np.abs(state["wkv"]).max()) for state in seen["states"]))
+    seconds = time.perf_counter() - started
+    second = length - min(-(-(length // 2) // chunk) * chunk, length)
+    return Row(
+        length, math.exp(sum(halves) / length), math.exp(halves[1] / second) if second else math.nan, length / seconds, math.sqrt(squares / count),
+        max(running.value() for running in products), largest, peak_bytes() / 2**20,
+    )
+
+
+def run(step: TrainStep, stream: np.ndarray, lengths: Sequence[int], chunk: int) -> list[Row]:
+    """One row for each length that the held-out text has, after one chunk that is not measured (compilation, first allocations)."""
+    fitting = [length for length in lengths if length < len(stream)]
+    if not fitting:
+        raise RunError(f"evaluation.lengths: the held-out text has {len(stream)} tokens, the shortest length is {min(lengths)}")
+    measure(step, stream, min(chunk, min(fitting)), chunk)
+    return [measure(step, stream, length, chunk) for length in fitting]

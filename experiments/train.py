@@ -1,0 +1,220 @@
+"""Train a language model: `python -m experiments.train [model.dim=96 backend=jax ...]`.
+
+A plain loop, the same for every framework: batch, learning rates, step; now and then statistics, validation and a checkpoint.
+At the end, validation bits per byte beside those of a trigram fitted on the same bytes, a sample, curves, and where all of it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from conf.schema import TrainConfig
+from experiments import checkpoint, report, schedule, session, trackers
+from experiments.data import batches
+from experiments.data.tokens import END
+from experiments.errors import RunError
+from experiments.evaluation import Validation, seen_symbols, trigram_bits_per_byte, validate
+from experiments.monitors.memory import peak_bytes
+from experiments.monitors.statistics import gradient_statistics, state_statistics
+from experiments.ngram import Trigram
+from experiments.session import METRICS, Session
+from experiments.steps.base import StepResult
+from experiments.tasks import long_context
+from experiments.trackers import Tracker
+
+
+def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[str, Any]:
+    """Train as configured in `folder` and return the summary that is also written there. `group`: the sweep's name, if any.
+
+    Raises RunError for what the user can put right: paths, data, a checkpoint of another configuration, a loss that is not finite.
+    """
+    console = Console(soft_wrap=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"groundwave: {message}", file=sys.stderr)
+        state = session.prepare(config, folder)
+        tracker = trackers.make(
+            config.tracker, folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
+            name=folder.name, group=group, tags=[config.architecture, config.backend.name], run_id=state.tracker_id,
+        )
+        try:
+            console.print(
+                f"{config.architecture}, {state.parameters():,} parameters, {config.backend.name} {config.backend.dtype}; "
+                f"{state.stream.tokens:,} training and {len(state.held_out):,} held-out tokens; {folder}", highlight=False,
+            )
+            tracker.log({"data/training_tokens": state.stream.tokens, "data/held_out_tokens": len(state.held_out)}, state.start)
+            seconds = _loop(state, tracker, console)
+            summary = _conclude(state, tracker, console, seconds)
+        finally:
+            tracker.finish()
+    _how_to_look(console, state, tracker)
+    return summary
+
+
+def _loop(state: Session, tracker: Tracker, console: Console) -> float:
+    """Train to the last step; the seconds of training, those before a resume included."""
+    config, last = state.config, state.config.training.last_step
+    lanes = batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size)
+    seconds, saved = state.seconds, None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    live = console.is_terminal
+    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, Progress(*columns, console=console, disable=not live) as progress:
+        bar = progress.add_task("training", total=last, completed=state.start, figures="")
+        window_tokens, window_seconds = 0, 0.0
+        for done in range(state.start + 1, last + 1):
+            started = time.perf_counter()
+            details = done % config.training.monitor_every == 0
+            rates = schedule.rates(done, config.training.steps, config.optimiser)
+            result = state.step.step(state.stream.batch(done - 1), rates, details=details)
+            elapsed = time.perf_counter() - started
+            seconds, window_seconds, window_tokens = seconds + elapsed, window_seconds + elapsed, window_tokens + _tokens(config)
+            _check(result, done)
+            logged = done % config.training.log_every == 0 or done == last
+            values: dict[str, float] = _figures(result, rates) if logged or details else {}
+            if logged:
+                values |= {"time/tokens_per_second": window_tokens / window_seconds, "memory/peak_bytes": float(peak_bytes())}
+                window_tokens, window_seconds = 0, 0.0
+            if details:
+                values |= gradient_statistics(result.gradients) | state_statistics(result.states, result.ssm_states)
+            if done % config.evaluation.every == 0 and done < last:
+                values |= _validation(validate(state.step, lanes, state.tokenizer, config.training.context))
+            if values:
+                _write(metrics, done, values)
+                tracker.log(values, done)
+            if logged:
+                speed = f"{values['time/tokens_per_second']:.0f} tokens/s"
+                figures = f"loss {result.losses['loss']:.3f}  {values['train/bits_per_token']:.3f} bits  {speed}"
+                progress.update(bar, figures=figures)
+                if not live and ("validation/bits_per_byte" in values or done == last or done % max(last // 20, 1) == 0):
+                    held = f"  validation {values['validation/bits_per_byte']:.3f} bits/byte" if "validation/bits_per_byte" in values else ""
+                    console.print(f"step {done}/{last}  {figures}{held}", highlight=False)
+            progress.update(bar, completed=done)
+            if done % config.checkpoint.every == 0 or done == last:
+                saved = session.save(state, done, seconds, tracker.run_id)
+                if config.tracker.artifacts == "all" and done < last:
+                    _artifact(tracker, state, saved, done)
+    if saved and config.tracker.artifacts != "none":
+        _artifact(tracker, state, saved, last)
+    return seconds
+
+
+def _conclude(state: Session, tracker: Tracker, console: Console, seconds: float) -> dict[str, Any]:
+    """Final validation, trigram, long context, sample, pictures and summary."""
+    config, folder, last = state.config, state.folder, state.config.training.last_step
+    peak = peak_bytes()
+    lanes = batches.lanes(state.held_out, config.evaluation.final_tokens, config.evaluation.batch_size)
+    final = validate(state.step, lanes, state.tokenizer, config.training.context)
+    seen = seen_symbols(state.stream.seen(last), state.tokenizer)
+    baseline = trigram_bits_per_byte(Trigram.fit(seen), lanes, state.tokenizer)
+    summary: dict[str, Any] = {
+        "steps": last,
+        "parameters": state.parameters(),
+        "bytes_seen": sum(int((run < 256).sum()) for run in seen),
+        "validation_bits_per_byte": final.bits_per_byte,
+        "trigram_bits_per_byte": baseline,
+        "validation_perplexity": final.perplexity,
+        "validation_bytes": final.bytes,
+        "training_seconds": seconds,
+        "tokens_per_second": last * _tokens(config) / max(seconds, 1e-9),
+        "peak_megabytes": peak / 2**20,
+    }
+    values = {**_validation(final), "validation/trigram_bits_per_byte": baseline}
+    with open(folder / METRICS, "a", encoding="utf-8") as metrics:
+        _write(metrics, last, values)
+    tracker.log(values, last)
+    if config.long_context:
+        rows = long_context.run(state.step, state.held_out, config.evaluation.lengths, config.evaluation.chunk)
+        summary["long_context"] = [dataclasses.asdict(row) for row in rows]
+        report.print_long_context(console, rows)
+        tracker.table("long_context/table", rows[0].columns(), [row.values() for row in rows], last)
+        tracker.image("long_context/plot", report.save(report.long_context_figure(rows), folder / "long_context"), last)
+    if config.evaluation.sample_tokens:
+        text = _sample(state)
+        (folder / "sample.txt").write_text(text, encoding="utf-8")
+        tracker.text("sample", text, last)
+        console.rule("sample")
+        console.print(text, markup=False, highlight=False)
+        console.rule()
+    figure = report.loss_figure(report.read_metrics(folder / METRICS), baseline)
+    tracker.image("train/curve", report.save(figure, folder / "curve"), last)
+    report.print_summary(console, summary)
+    # The last step's numbers are in the summary of W&B already, under the names of its curves.
+    tracker.summary({name: value for name, value in summary.items() if not isinstance(value, list)})
+    (folder / "summary.json").write_text(json.dumps(report.finite(summary), indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _sample(state: Session) -> str:
+    settings = state.config.evaluation
+    prompt = np.concatenate([[END], state.tokenizer.encode(settings.sample_prompt)]).astype(np.int64)[None]
+    ids = state.step.model.generate(prompt, settings.sample_tokens, temperature=settings.temperature, top_k=settings.top_k, seed=state.config.seed)
+    return state.tokenizer.decode(np.asarray(ids)[0].tolist())
+
+
+def _tokens(config: TrainConfig) -> int:
+    return config.training.batch_size * config.training.context
+
+
+def _figures(result: StepResult, rates: Mapping[str, float]) -> dict[str, float]:
+    return (
+        {f"train/{name}": value for name, value in result.losses.items()}
+        | {"train/bits_per_token": result.losses["cross_entropy"] / math.log(2), "gradient/norm": result.gradient_norm}
+        | {f"rate/{group}": value for group, value in rates.items()}
+        | {f"gate/{layer}": float(value) for layer, value in enumerate(result.gate)}
+    )
+
+
+def _validation(found: Validation) -> dict[str, float]:
+    return {"validation/bits_per_byte": found.bits_per_byte, "validation/perplexity": found.perplexity}
+
+
+def _check(result: StepResult, step: int) -> None:
+    if not math.isfinite(result.losses["loss"]) or not math.isfinite(result.gradient_norm):
+        parts = ", ".join(f"{name} {value}" for name, value in result.losses.items())
+        raise RunError(
+            f"training: not finite at step {step}: {parts}, gradient norm {result.gradient_norm}; lower optimiser.rate or raise optimiser.warmup"
+        )
+
+
+def _write(metrics: TextIO, step: int, values: Mapping[str, float]) -> None:
+    metrics.write(json.dumps(report.finite({"step": step, **values})) + "\n")
+    metrics.flush()
+
+
+def _artifact(tracker: Tracker, state: Session, saved: Path, step: int) -> None:
+    tracker.artifact(f"{state.config.architecture}-{state.folder.name}", saved, "checkpoint", {"step": step, "backend": state.config.backend.name})
+
+
+def _how_to_look(console: Console, state: Session, tracker: Tracker) -> None:
+    folder = state.folder
+    lines = [
+        "How to look at this:",
+        f"  curves        {folder / 'curve.svg'}",
+        f"  numbers       {folder / METRICS}, {folder / 'summary.json'}",
+        f"  checkpoints   {folder / checkpoint.FOLDER}",
+        f"  the model     runtime.load('{_newest(folder)}/model', backend='{state.config.backend.name}')",
+    ]
+    if tracker.folder is not None:
+        lines += [f"  W&B, here     wandb leet {tracker.folder.parent}", f"  W&B, upload   wandb sync {tracker.folder}"]
+    console.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _newest(folder: Path) -> Path:
+    return max((folder / checkpoint.FOLDER).glob("step-*"), default=folder)
+
+
+if __name__ == "__main__":
+    from experiments.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
