@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd)
 	@echo "setting up $(VENV): torch, then groundwave with its extras (a few minutes)"
