@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
-	$(BIN)/parity run
+	$(BIN)/parity run parity_tests.specs:FULL
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.ready

@@ -1,0 +1,239 @@
+"""All tiers of a case, each run when it is first asked for, and the result that reports are made from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import lint, locate, tiers, tiers_more
+from .adapters.base import Call, Gradients, Run, Trained, Unsupported
+from .bounds import Bounds
+from .candidate import Candidate
+from .case import Case
+from .compare import Check, Place, failed
+from .convert import ConversionError
+from .policy import Policy, applied, described
+from .recording import Recording
+from .regimes import AS_IS, Regime
+
+TIERS: Mapping[str, Callable[[Battery], list[Check]]] = {
+    "conversion": tiers.conversion,
+    "coverage": tiers.coverage,
+    "forced": tiers.forced,
+    "free": tiers.free,
+    "rounding": tiers.rounding,
+    "gradients": tiers_more.gradients,
+    "splits": tiers.splits,
+    "optimiser": tiers_more.optimiser,
+    "effects": tiers_more.effects,
+    "observability": tiers_more.observability,
+}
+
+
+@dataclass
+class TierResult:
+    """Checks of one tier; `skipped` says why there are none."""
+
+    name: str
+    checks: list[Check]
+    seconds: float
+    skipped: str = ""
+    sentence: str = ""
+
+    @property
+    def held(self) -> bool:
+        """Whether every check held. A tier that does not apply holds; the report names it."""
+        return all(check.held for check in self.checks)
+
+
+@dataclass
+class Result:
+    """What a battery found: tiers, notes, lint, policy, the order in which modules run, and how far inputs agreed in free runs."""
+
+    case: str
+    tiers: list[TierResult]
+    notes: list[str]
+    lint: list[str]
+    policy: dict
+    order: dict[str, int]
+    input_errors: dict[str, float]
+    leaves: int
+    sentence: str = ""
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def checks(self) -> list[Check]:
+        """Every check of every tier."""
+        return [check for tier in self.tiers for check in tier.checks]
+
+    @property
+    def held(self) -> bool:
+        """Whether everything held and anything was checked at all."""
+        return bool(self.checks) and all(tier.held for tier in self.tiers)
+
+
+class Battery:
+    """The tiers of a case over one recording of its reference. Raises CaseError for a case that cannot be run."""
+
+    def __init__(self, case: Case, *, policy: Policy | None = None, recording: Recording | None = None, candidate: Candidate | None = None,
+                 progress: Callable[[str], None] | None = None) -> None:
+        self.case, self.policy, self.bounds = case, policy or Policy(), Bounds(case.bounds)
+        self.progress = progress or (lambda _: None)
+        self.notes: list[str] = []
+        self.input_errors: dict[str, float] = {}
+        self.broken: list[Check] = []
+        self._tiers: dict[str, TierResult] = {}
+        self._runs: dict[tuple[str, str], Run] = {}
+        self.kinds: set[str] = set()
+        self.recording = recording or Recording(case)
+        self.kinds.add(self.recording.kind)
+        self.candidate = candidate
+        if candidate is None:
+            try:
+                self.candidate = Candidate(case, self.recording)
+            except ConversionError as error:
+                place = Place("conversion", "", AS_IS, "float64")
+                self.broken.append(failed(place, 9, str(error), quantity="a weight map"))
+        if self.candidate is not None:
+            self.kinds.add(self.candidate.kind)
+        with applied(self.policy, self.kinds):
+            self.order = self.recording.order()
+
+    def tier(self, name: str) -> TierResult:
+        """The result of one tier, run on first use. Raises KeyError for an unknown name."""
+        if name not in self._tiers:
+            start = time.perf_counter()
+            skipped, checks = "", list(self.broken)
+            if self.candidate is None:
+                skipped = "" if name == "conversion" else "the weights could not be converted"
+            else:
+                try:
+                    with applied(self.policy, self.kinds):
+                        checks = TIERS[name](self)
+                    if not checks:
+                        checks = [failed(Place(name, "", AS_IS, "float64"), 1, "nothing was compared")]
+                except Unsupported as reason:
+                    skipped, checks = str(reason), []
+            if not all(check.held for check in checks) and self.candidate is not None:
+                self._agreement()
+            result = TierResult(name, checks if not skipped or self.candidate is not None else [], time.perf_counter() - start, skipped)
+            result.sentence = locate.sentence(result.checks, self.input_errors)
+            self._tiers[name] = result
+        return self._tiers[name]
+
+    def run(self, names: Sequence[str] | None = None, *, stop: bool = False) -> Result:
+        """All tiers, or those named, in order; with `stop` no further than the first that does not hold."""
+        unknown = [name for name in names or () if name not in TIERS]
+        if unknown:
+            raise ValueError(f"unknown tier {unknown[0]!r}, expected {', '.join(TIERS)}")
+        done = []
+        for name in TIERS:
+            if names and name not in names:
+                continue
+            done.append(self.tier(name))
+            if stop and not done[-1].held:
+                break
+        for (regime, path), error in self.recording.refused.items():
+            self.note(f"forced, {regime}: the reference refuses {path}: {error}")
+        found = lint.sizes(self.case.sizes)
+        if self.candidate is not None:
+            with applied(self.policy, self.kinds):
+                found += lint.defaults(self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules(),
+                                       self.candidate.path)
+        return Result(self.case.name, done, list(self.notes), found, described(self.policy, self.kinds, self.case.jit), dict(self.order),
+                      dict(self.input_errors), len(self.recording.leaves), locate.sentence([c for t in done for c in t.checks], self.input_errors))
+
+    def done(self) -> tuple[str, ...]:
+        """Names of the tiers that have run."""
+        return tuple(self._tiers)
+
+    def note(self, text: str) -> None:
+        """Something the reader of a report has to know; said once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def position(self, path: str) -> int:
+        """Position of a module in run order; modules that do not run come last."""
+        if path in self.order:
+            return self.order[path]
+        inside = [place for other, place in self.order.items() if path and path.startswith(f"{other}.") and other]
+        return max(inside, default=len(self.order))
+
+    def runs(self) -> bool:
+        """Whether the candidate runs at all on the plain inputs."""
+        with contextlib.suppress(Exception):
+            self.free_run(self.recording.plain()[0])
+            return True
+        return False
+
+    def free_run(self, regime: Regime, dtype: str = "float64") -> Run:
+        """The candidate end to end under a regime."""
+        key = (regime.name, dtype)
+        if key not in self._runs:
+            inputs, states = self.recording.inputs(regime), self.recording.states(regime)
+            # the plain run in low precision is compiled as in use, since optimisation decides its rounding
+            quick = dtype == "float64" or regime.name != AS_IS
+            self._runs[key] = self.candidate.adapter(dtype).run(inputs, states, tap=dtype == "float64", quick=quick)
+        return self._runs[key]
+
+    def matched(self, reference: Run, candidate: Run) -> Iterator[tuple[Call, Call]]:
+        """Calls of both runs that belong together: the same module, called equally often."""
+        calls: dict[str, list[Call]] = {}
+        for call in candidate.calls:
+            calls.setdefault(call.path, []).append(call)
+        counts: dict[str, int] = {}
+        for call in reference.calls:
+            counts[call.path] = counts.get(call.path, 0) + 1
+        for call in reference.calls:
+            path = self.candidate.path(call.path)
+            if path is None:
+                continue
+            others = calls.get(path, [])
+            if len(others) == counts[call.path]:
+                yield call, others[call.index]
+            elif call.index == 0:
+                times = f"{counts[call.path]} calls in the reference, {len(others)} in the candidate"
+                self.note(f"free, {call.path}: {times}, compared by force only")
+
+    def agree(self, reference: Call, candidate: Call) -> None:
+        """Keep how far the inputs of a module agree between the two free runs; the worst one counts."""
+        args = (reference.args, reference.kwargs)
+        if self.case.adapt is not None:
+            args = self.case.adapt(reference.path, reference.args, reference.kwargs)
+        error = tiers.input_error(tuple(args), (candidate.args, candidate.kwargs))
+        if not math.isnan(error):
+            self.input_errors[reference.path] = max(error, self.input_errors.get(reference.path, 0.0))
+
+    def reference_gradients(self, regime: Regime) -> Gradients:
+        """Gradients of the reference end to end, computed once for all candidates."""
+        return self._once(("gradients", regime.name), lambda: self.recording.adapter("float64").gradients(
+            self.recording.inputs(regime), self.recording.states(regime), self.case.seed))
+
+    def reference_training(self, batches: Sequence[Mapping[str, np.ndarray]]) -> Trained:
+        """The optimiser run of the reference, computed once for all candidates."""
+        return self._once("training", lambda: self.recording.adapter("float64").train(batches, self.case.trajectory, self.case.seed))
+
+    def _agreement(self) -> None:
+        """How far inputs agree in the plain free run, which a sentence about a layer says; nothing when the candidate cannot run."""
+        with contextlib.suppress(Exception), applied(self.policy, self.kinds):
+            regime = self.recording.plain()[0]
+            for call, other in self.matched(self.recording.run(regime), self.free_run(regime)):
+                self.agree(call, other)
+
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        held = self.recording.shared
+        if key not in held:
+            held[key] = compute()
+        return held[key]
+
+
+def run_case(case: Case, *, tiers: Sequence[str] | None = None, policy: Policy | None = None,
+             progress: Callable[[str], None] | None = None) -> Result:
+    """Run a case: all tiers, or those named. `progress` is called with a line for every step."""
+    return Battery(case, policy=policy, progress=progress).run(tiers)

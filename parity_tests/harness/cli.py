@@ -1,0 +1,191 @@
+"""The `parity` command: run cases, convert weights, compare two files of named arrays.
+
+Exit status: 0 everything held, 1 something did not, 2 the question itself was wrong (one line on standard error).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import formats, loading, locate, report
+from .adapters.base import Unsupported
+from .battery import TIERS, Battery, Result
+from .bounds import BoundError
+from .candidate import Candidate
+from .case import DTYPES, Case, CaseError
+from .convert import ConversionError
+from .measure import MeasureError, measure
+from .mutate import run_mutations
+from .policy import Policy
+from .recording import Recording
+
+USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, MeasureError, Unsupported)
+
+
+class _Usage(Exception):
+    """A wrong command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise _Usage(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="parity", description="Do a reference and a candidate compute the same thing, and if not, where do they part?")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    case_help = "file.py:name or module:name; without one, [tool.parity] cases of the nearest pyproject.toml"
+
+    run = commands.add_parser("run", help="run every tier of the cases and give the verdict")
+    run.add_argument("cases", nargs="*", metavar="CASE", help=case_help)
+    run.add_argument("--tier", action="append", choices=list(TIERS), help="run this tier only (may be repeated)")
+    run.add_argument("--dtype", action="append", choices=list(DTYPES), help="precisions beside float64 (may be repeated; default: the case's)")
+    run.add_argument("--regime", action="append", help="run under this regime only (may be repeated)")
+    run.add_argument("--seed", type=int, help="seed of weights and inputs")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON as well")
+    run.add_argument("--threads", type=int, help="threads that torch computes with (default 1)")
+    run.add_argument("--eager", action="store_true", help="do not compile the candidate")
+    run.add_argument("--mutations", action="store_true", help="then inject the case's own mutations and demand that each is located")
+    run.add_argument("--summary", action="store_true", help="no table of layers")
+    run.add_argument("--quiet", action="store_true", help="no progress")
+
+    convert = commands.add_parser("convert", help="convert a file of weights between formats and, with --case, between names")
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST")
+    convert.add_argument("--case", help=case_help.partition(";")[0])
+    convert.add_argument("--to", choices=["candidate", "reference"], help="whose names the result has; needs --case")
+
+    diff = commands.add_parser("diff", help="compare two files of named arrays")
+    diff.add_argument("first", type=Path, metavar="A")
+    diff.add_argument("second", type=Path, metavar="B")
+    diff.add_argument("--tolerance", type=float, default=0.0, help="largest relative L2 that counts as equal (default 0: bit for bit)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the result is the exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return {"run": _run, "convert": _convert, "diff": _diff}[arguments.command](arguments)
+    except (_Usage, *USER_ERRORS) as error:
+        lines = str(error).splitlines()
+        print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("parity: interrupted", file=sys.stderr)
+        return 130
+
+
+def _cases(names: Sequence[str]) -> list[Case]:
+    return [case for name in names or loading.configured(Path.cwd()) for case in loading.load(name)]
+
+
+def _adjusted(case: Case, arguments: argparse.Namespace) -> Case:
+    changes: dict = {}
+    if arguments.dtype:
+        changes["dtypes"] = tuple(dict.fromkeys(("float64", *arguments.dtype)))
+    if arguments.regime:
+        changes["regimes"] = tuple(arguments.regime)
+    if arguments.seed is not None:
+        changes["seed"] = arguments.seed
+    if arguments.eager:
+        changes["jit"] = False
+    try:
+        return replace(case, **changes)
+    except ValueError as error:
+        raise CaseError(str(error)) from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise _Usage(f"--json {arguments.json}: the folder {arguments.json.parent} does not exist")
+    try:
+        policy = Policy() if arguments.threads is None else Policy(threads=arguments.threads)
+    except ValueError as error:
+        raise _Usage(str(error)) from error
+    cases = [_adjusted(case, arguments) for case in _cases(arguments.cases)]
+    console = Console()
+    results: list[Result] = []
+    held = True
+    for case in cases:
+        with console.status(f"{case.name}", spinner="line") as status:
+            def progress(text: str, name: str = case.name, status: object = status) -> None:
+                if not arguments.quiet and console.is_terminal:
+                    status.update(f"{escape(name)}: {escape(text)}")
+
+            result = Battery(case, policy=policy, progress=progress).run(arguments.tier)
+        results.append(result)
+        report.terminal(result, console, table=not arguments.summary)
+        held = held and result.held
+        if arguments.mutations and result.held:
+            found = run_mutations(case, policy=policy, healthy=False)
+            report.mutations_table(found, console)
+            held = held and all(item.held for item in found)
+    if len(results) > 1:
+        good = sum(result.held for result in results)
+        console.print(f"{good} of {len(results)} cases hold" + "".join(f"; {escape(result.case)} does not" for result in results if not result.held))
+    if arguments.json is not None:
+        try:
+            arguments.json.write_text(report.to_json(results))
+        except OSError as error:
+            raise CaseError(f"--json {arguments.json} cannot be written: {error.strerror}") from error
+    return 0 if held else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    if (arguments.case is None) != (arguments.to is None):
+        raise _Usage("--case and --to belong together")
+    arrays = formats.load(arguments.source)
+    if arguments.case is not None:
+        cases = loading.load(arguments.case)
+        if len(cases) != 1:
+            raise CaseError(f"{arguments.case} is {len(cases)} cases, expected one")
+        weight_map = Candidate(cases[0], Recording(cases[0])).map
+        arrays = weight_map.to_candidate(arrays) if arguments.to == "candidate" else weight_map.to_reference(arrays)
+    formats.save(arguments.target, arrays)
+    print(f"{len(arrays)} arrays, {sum(value.size for value in arrays.values()):,} values, written to {arguments.target}")
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    if not arguments.tolerance >= 0.0:
+        raise _Usage(f"--tolerance must be at least 0, found {arguments.tolerance}")
+    first, second = formats.load(arguments.first), formats.load(arguments.second)
+    if not first and not second:
+        raise MeasureError(f"nothing to compare: {arguments.first} and {arguments.second} hold no arrays")
+    console, different = Console(), 0
+    table = Table("array", "relative L2", "largest difference", "cosine", "", box=None, pad_edge=False)
+    for name in [*first, *(name for name in second if name not in first)]:
+        if name not in first or name not in second:
+            row = ("-", "-", "-", f"only in {arguments.first if name in first else arguments.second}")
+        else:
+            try:
+                found = measure(first[name], second[name])
+            except MeasureError as error:
+                row = ("-", "-", "-", str(error))
+            else:
+                good = found.mismatched == 0 or found.relative_l2 <= arguments.tolerance
+                if good:
+                    continue
+                row = (locate.number(found.relative_l2), f"{locate.number(found.max_abs)} at {list(found.max_abs_at)}", f"{found.cosine:.6f}",
+                       found.note)
+        different += 1
+        table.add_row(escape(name), *map(escape, row))
+    if different:
+        console.print(table)
+    names = set(first) | set(second)
+    console.print(f"{different} of {len(names)} arrays differ" if different else f"{len(names)} arrays are equal"
+                  + (f" to {arguments.tolerance:g}" if arguments.tolerance else ", value for value"), soft_wrap=True)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""From two trees of outputs to checks: every leaf of every call, with what was measured, what was allowed, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import tree
+from .bounds import Bound, Bounds
+from .measure import Measure, MeasureError, measure
+
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+RULES = {
+    1: "shapes, dtypes and leaves", 2: "meaning (float64)", 3: "rounding (float32)", 4: "rounding (half precision)", 5: "splits and states",
+    6: "optimiser", 7: "side effects", 8: "observability", 9: "conversion", 10: "cosine",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked. `where` is a module path, `leaf` an output or parameter, `rule` the number in the verdict."""
+
+    tier: str
+    rule: int
+    where: str
+    leaf: str
+    regime: str
+    dtype: str
+    held: bool
+    value: float
+    allowed: float
+    reason: str
+    quantity: str = "relative L2"
+    detail: str = ""
+    order: int = 0
+    measure: Measure | None = None
+    own_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a comparison stands: tier, module path, position in run order, regime, precision."""
+
+    tier: str
+    where: str
+    regime: str
+    dtype: str
+    order: int = 0
+
+
+def failed(place: Place, rule: int, detail: str, leaf: str = "", quantity: str = "agreement") -> Check:
+    """A check that did not hold for a reason that is no number."""
+    return Check(place.tier, rule, place.where, leaf, place.regime, place.dtype, False, math.inf, 0.0, RULES[rule], quantity, detail, place.order)
+
+
+def passed(place: Place, rule: int, detail: str, leaf: str = "", quantity: str = "agreement") -> Check:
+    """A check that held and has no number."""
+    return Check(place.tier, rule, place.where, leaf, place.regime, place.dtype, True, 0.0, 0.0, RULES[rule], quantity, detail, place.order)
+
+
+def _arrays(value: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in tree.named(value).items()}
+
+
+def _wrong_names(place: Place, reference: Mapping, candidate: Mapping) -> list[Check]:
+    try:
+        tree.same_names(reference, candidate)
+    except tree.TreeError as error:
+        return [failed(place, 1, str(error), quantity="leaves")]
+    return []
+
+
+def exact(place: Place, reference: Any, candidate: Any, bounds: Bounds, on: str, rule: int = 2) -> list[Check]:
+    """Compare two float64 trees: relative L2 and slope of every leaf, integers as integers, cosine at least its bound."""
+    left, right = _arrays(reference), _arrays(candidate)
+    checks = _wrong_names(place, left, right)
+    if checks:
+        return checks
+    for name, expected in left.items():
+        try:
+            # Python scalars have no dtype of their own; half precision is carried in float32 arrays on both sides
+            found = measure(expected, right[name], check_dtype=expected.dtype.kind == "f" or place.dtype == "float64")
+        except MeasureError as error:
+            checks.append(failed(place, 1, str(error), name))
+            continue
+        checks += _exact_leaf(place, name, expected, found, bounds, on, rule)
+    return checks
+
+
+def _exact_leaf(place: Place, name: str, expected: np.ndarray, found: Measure, bounds: Bounds, on: str, rule: int) -> list[Check]:
+    if expected.dtype.kind in "biu":
+        detail = "" if found.mismatched == 0 else f"{found.mismatched} of {found.count} differ"
+        return [Check(place.tier, rule, place.where, name, place.regime, place.dtype, found.mismatched == 0, float(found.mismatched), 0.0,
+                      "discrete values are compared as they are", "values that differ", detail, place.order, found)]
+    bound = bounds.find(on, place.where, place.regime)
+    if not math.isfinite(found.relative_l2) and found.note:
+        return [failed(place, 1, found.note, name, "finite values")]
+    checks = [Check(place.tier, rule, place.where, name, place.regime, place.dtype, found.relative_l2 <= bound.value, found.relative_l2,
+                    bound.value, bound.reason, "relative L2", found.note, place.order, found)]
+    slope = bounds.find("slope", place.where, place.regime)
+    if on in ("forced", "free") and not abs(found.slope - 1.0) <= slope.value:
+        checks.append(Check(place.tier, rule, place.where, name, place.regime, place.dtype, False, abs(found.slope - 1.0), slope.value,
+                            slope.reason, "slope - 1", f"slope {found.slope:.12g}", place.order, found))
+    return checks + _cosine(place, name, found, bounds)
+
+
+def _cosine(place: Place, name: str, found: Measure, bounds: Bounds) -> list[Check]:
+    bound = bounds.find("cosine", place.where, place.regime)
+    if found.cosine >= bound.value:
+        return []
+    return [Check(place.tier, 10, place.where, name, place.regime, place.dtype, False, found.cosine, bound.value, bound.reason, "cosine", "",
+                  place.order, found)]
+
+
+def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds) -> list[Check]:
+    """Compare a candidate in low precision against the float64 oracle, with the reference's own error in that precision as the measure.
+
+    Allowed: max(factor x own error, floor x eps x RMS of the oracle), all as RMS. Discrete leaves are compared where the reference's own
+    choice does not depend on the precision (the margin is large enough), and are not compared elsewhere.
+    """
+    left, middle, right = _arrays(oracle), _arrays(own), _arrays(candidate)
+    checks = _wrong_names(place, left, right)
+    if checks:
+        return checks
+    rule, on = (3, "float32") if place.dtype == "float32" else (4, "half")
+    for name, expected in left.items():
+        try:
+            found = measure(expected, right[name].astype(np.float64) if expected.dtype.kind == "f" and right[name].dtype.kind == "f" else right[name],
+                            check_dtype=False)
+            reference = measure(expected, middle[name].astype(np.float64) if expected.dtype.kind == "f" else middle[name], check_dtype=False)
+            if middle[name].dtype.kind == "f" and middle[name].dtype != right[name].dtype:
+                raise MeasureError(f"dtype {right[name].dtype}, expected {middle[name].dtype}")
+        except MeasureError as error:
+            checks.append(failed(place, 1, str(error), name))
+            continue
+        if expected.dtype.kind in "biu":
+            if reference.mismatched == 0:
+                checks.append(Check(place.tier, rule, place.where, name, place.regime, place.dtype, found.mismatched == 0, float(found.mismatched),
+                                    0.0, "the reference makes the same choice in both precisions", "values that differ", "", place.order, found))
+            continue
+        if not math.isfinite(found.relative_l2) and found.note and math.isfinite(reference.error_rms):
+            checks.append(failed(place, 1, found.note, name, "finite values"))
+            continue
+        checks.append(_band(place, name, found, reference, bounds, rule, on))
+        checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
+    return checks
+
+
+def _band(place: Place, name: str, found: Measure, reference: Measure, bounds: Bounds, rule: int, on: str) -> Check:
+    factor, floor = (bounds.find(quantity, place.where, place.regime) for quantity in (on, "floor"))
+    allowed = max(factor.value * reference.error_rms, floor.value * EPS[place.dtype] * found.reference_rms)
+    scale = found.reference_rms if found.reference_rms > 0.0 else 1.0
+    held = found.error_rms <= allowed
+    return Check(place.tier, rule, place.where, name, place.regime, place.dtype, held, found.error_rms / scale, allowed / scale,
+                 f"{factor.value:g} x the reference's own error: {factor.reason}", f"{place.dtype} error", "", place.order, found,
+                 reference.error_rms / scale)
+
+
+def bound_check(place: Place, name: str, value: float, bound: Bound, rule: int, quantity: str) -> Check:
+    """A single number against a bound."""
+    return Check(place.tier, rule, place.where, name, place.regime, place.dtype, value <= bound.value, value, bound.value, bound.reason, quantity,
+                 "", place.order)

@@ -1,0 +1,106 @@
+"""Cases by name: `file.py:name`, `module:name`, or the `[tool.parity] cases` of the nearest pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .case import Case, CaseError
+
+
+def nearest_pyproject(start: Path) -> Path | None:
+    """The first pyproject.toml in a directory or above it."""
+    return next((folder / "pyproject.toml" for folder in (start, *start.parents) if (folder / "pyproject.toml").is_file()), None)
+
+
+def configured(start: Path) -> list[str]:
+    """`[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError when there is none."""
+    path = nearest_pyproject(start)
+    if path is None:
+        raise CaseError(f"no CASE was given and there is no pyproject.toml in {start} or above it")
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        raise CaseError(f"{path} cannot be read: {error}") from error
+    names = content.get("tool", {}).get("parity", {}).get("cases")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise CaseError(f"no CASE was given and {path} has no list of names [tool.parity] cases, found {names!r}")
+    # files are named relative to the project that lists them
+    return [str(path.parent / name) if name.partition(":")[0].endswith(".py") else name for name in names]
+
+
+def load(spec: str, start: Path | None = None) -> list[Case]:
+    """The cases that `file.py:name` or `module:name` stands for: a Case, a list of them, or a function that makes either.
+
+    Raises CaseError, in one line, for a file, module or name that does not exist, an import that fails, or anything that is no case.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
+    module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
+    if not hasattr(module, name):
+        known = sorted(key for key, value in vars(module).items() if isinstance(value, Case))
+        raise CaseError(f"{place} has no {name!r}; its cases are {', '.join(known) or 'none'}")
+    found = getattr(module, name)
+    if callable(found) and not isinstance(found, (Case, type)):
+        try:
+            found = found()
+        except Exception as error:
+            raise CaseError(f"{spec} raised {type(error).__name__}: {_line(error)}") from error
+    cases = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
+    if not cases or not all(isinstance(case, Case) for case in cases):
+        raise CaseError(f"{spec} is {type(found).__name__}, expected a Case, a list of them, or a function that makes either")
+    return cases
+
+
+def _file(path: Path, spec: str) -> Any:
+    if not path.is_file():
+        raise CaseError(f"{path} does not exist (asked for {spec})")
+    path = path.resolve()
+    package = _package_of(path)
+    if package is not None:
+        return _module(package[1], spec, package[0])
+    name = f"parity_case_{path.stem}_{abs(hash(path)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _on_path(path.parent)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise CaseError(f"{path} cannot be imported: {type(error).__name__}: {_line(error)}") from error
+    return module
+
+
+def _package_of(path: Path) -> tuple[Path, str] | None:
+    """The root folder and dotted name of a file inside a package, so that its relative imports work."""
+    folder, parts = path.parent, [path.stem]
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return (folder, ".".join(parts)) if len(parts) > 1 else None
+
+
+def _module(name: str, spec: str, root: Path) -> Any:
+    _on_path(root)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise CaseError(f"{name} cannot be imported (asked for {spec}): {type(error).__name__}: {_line(error)}") from error
+
+
+def _on_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

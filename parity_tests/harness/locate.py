@@ -1,0 +1,55 @@
+"""Where they part: the first failed check in run order, as one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from .compare import RULES, Check
+
+# a layer on the reference's own input says most about where; what is built on it says less
+RANK = ("conversion", "coverage", "forced", "free", "rounding", "gradients", "splits", "optimiser", "effects", "observability")
+
+
+def number(value: float) -> str:
+    """A number as reports print it: two digits, exact zero and infinities spelled."""
+    if math.isnan(value):
+        return "nan"
+    if value == 0.0 or math.isinf(value):
+        return "0" if value == 0.0 else ("inf" if value > 0 else "-inf")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if abs(int(exponent)) > 2 else f"{value:.3g}"
+
+
+def first(checks: Sequence[Check]) -> Check | None:
+    """The failed check that says where to look: most telling tier first, layers before whole models, then the earliest in run order."""
+    wrong = [(place, check) for place, check in enumerate(checks) if not check.held]
+    if not wrong:
+        return None
+
+    def key(item: tuple[int, Check]) -> tuple:
+        place, check = item
+        whole = "end to end" in check.regime
+        return (RANK.index(check.tier) if check.tier in RANK else len(RANK), whole, check.order, check.rule == 10, place)
+
+    return min(wrong, key=key)[1]
+
+
+def sentence(checks: Sequence[Check], input_errors: Mapping[str, float]) -> str:
+    """"parts at PATH: relative L2 3.1e-2 (allowed 1e-12) on an input that agrees to 4e-16", or the empty string when everything held."""
+    check = first(checks)
+    if check is None:
+        return ""
+    where = check.where or "the whole model"
+    leaf = f" ({check.leaf})" if check.leaf else ""
+    under = f"{check.dtype}, {check.tier}, {check.regime}"
+    failed_rules = sorted({item.rule for item in checks if not item.held})
+    rules = f"rule{'s' * (len(failed_rules) > 1)} {', '.join(f'{rule} {RULES[rule]}' for rule in failed_rules)}"
+    if check.detail and check.quantity != "slope - 1":
+        return f"parts at {where}{leaf}: {check.detail} [{under}; {rules}]"
+    allowed = "needed" if check.quantity == "cosine" else "allowed"
+    text = f"parts at {where}{leaf}: {check.quantity} {number(check.value)} ({allowed} {number(check.allowed)})"
+    if check.tier in ("forced", "free", "rounding") and check.where:
+        error = input_errors.get(check.where)
+        text += " on the reference's own input" if error is None else f" on an input that agrees to {number(error)}"
+    return f"{text} [{under}; {rules}]"

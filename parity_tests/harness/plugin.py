@@ -1,0 +1,102 @@
+"""pytest: every tier of every case is a test with an id of its own, and a failure says where the two part.
+
+    from parity_tests.harness.plugin import parity_case
+
+    @parity_case(case, other_case)
+    def test_port(parity):              # ids port[case-forced], port[case-free], ...
+        parity.check()
+
+The function may be a bare `...`: `check` is called after it. As a plugin (`pytest11` entry point, or `-p parity_tests.harness.plugin`) the
+module adds `--parity-json FILE`, one report of every case that ran. A case runs tier by tier as its tests do, over one recorded reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .battery import TIERS, Battery, TierResult
+from .case import Case, CaseError
+
+_batteries: dict[int, tuple[Case, Battery]] = {}
+
+
+def _battery(case: Case) -> Battery:
+    # keyed by identity, with the case kept so that its id stays its own
+    if id(case) not in _batteries:
+        _batteries[id(case)] = (case, Battery(case))
+    return _batteries[id(case)][1]
+
+
+@dataclass
+class TierTest:
+    """One tier of one case, run when it is asked for."""
+
+    case: Case
+    tier: str
+    checked: bool = False
+
+    def result(self) -> TierResult:
+        """The tier's result, computed once."""
+        return _battery(self.case).tier(self.tier)
+
+    def check(self) -> None:
+        """Fail with the sentence of the first divergence, or skip with the reason why the tier does not apply."""
+        __tracebackhide__ = True
+        self.checked = True
+        result = self.result()
+        if not result.held:
+            pytest.fail(f"{self.case.name}, {self.tier}: {result.sentence}", pytrace=False)
+        if result.skipped:
+            pytest.skip(f"{self.case.name}, {self.tier}: {result.skipped}")
+
+
+def parity_case(*cases: Case | Callable[[], Case | Sequence[Case]], tiers: Sequence[str] | None = None) -> Callable:
+    """Parametrise a test function, whose argument is `parity`, over the tiers of cases (or of functions that make them).
+
+    Raises CaseError when there is no case or a tier is unknown, so that a test of nothing cannot pass.
+    """
+    found: list[Case] = []
+    for entry in cases:
+        made = entry() if callable(entry) and not isinstance(entry, Case) else entry
+        found += [made] if isinstance(made, Case) else list(made)
+    if not found or not all(isinstance(case, Case) for case in found):
+        raise CaseError(f"parity_case needs at least one Case, found {found}")
+    unknown = [name for name in tiers or () if name not in TIERS]
+    if unknown:
+        raise CaseError(f"unknown tier {unknown[0]!r}, expected {', '.join(TIERS)}")
+    items = [(case, tier) for case in found for tier in (tiers or TIERS)]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def test(parity: TierTest, *args: Any, **kwargs: Any) -> None:
+            __tracebackhide__ = True
+            function(parity, *args, **kwargs)
+            if not parity.checked:
+                parity.check()
+
+        parameters = [pytest.param(TierTest(case, tier), id=f"{case.name}-{tier}") for case, tier in items]
+        return pytest.mark.parametrize("parity", parameters)(test)
+
+    return decorate
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--parity-json FILE`."""
+    parser.getgroup("parity").addoption("--parity-json", metavar="FILE", default=None, help="write one JSON report of every parity case that ran")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the report, of the tiers that ran."""
+    path = session.config.getoption("--parity-json", default=None)
+    if path is None or not _batteries:
+        return
+    from .report import to_json
+
+    results = [battery.run([name for name in TIERS if name in battery.done()]) for _, battery in _batteries.values() if battery.done()]
+    Path(path).write_text(to_json(results))

@@ -1,0 +1,171 @@
+"""The reference, recorded once: its runs under every regime, and its layers on their own inputs, shared by every candidate compared to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from . import mapping, tree
+from .adapters import opened
+from .adapters.base import Adapter, Call, Run
+from .case import Case, CaseError
+from .leaves import randomised
+from .regimes import AS_IS, BY_NAME, Regime, chosen, transformed
+
+MAX_CALLS = 2  # of one module in one run: the first sees the initial state, the last a state that has been through everything
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A layer of the reference on inputs of its own: NumPy arguments on the case's grid, and the float64 outputs for them."""
+
+    path: str
+    index: int
+    args: tuple
+    kwargs: dict
+    outputs: Any
+
+
+class Skip(Exception):
+    """A regime that does not apply to a case; the message says why."""
+
+
+def matching(table: Mapping[str, str], name: str) -> str | None:
+    """The reason of the first pattern of a table that fits a name."""
+    return next((reason for pattern, reason in table.items() if fnmatchcase(name, pattern)), None)
+
+
+class Recording:
+    """Runs of the reference of a case, made when they are first asked for and kept."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.regimes = chosen(case.regimes)
+        self.rename = mapping.renamer(case.names)
+        self.reference: dict[str, Adapter] = {"float64": opened(case, "reference", "float64")}
+        base = self.reference["float64"]
+        self.leaves = base.leaves()
+        if case.states is not None and case.states.output < 0:
+            raise CaseError(f"states.output of case {case.name!r} counts from 0, found {case.states.output}")
+        self.weights = randomised(self.leaves, base.arrays(), seed=case.seed, grid=case.grid, overrides=case.leaves, ties=case.ties)
+        base.load(self.weights)
+        self.kind = base.kind
+        self.candidate_outputs: dict[tuple, Any] = {}
+        self.shared: dict[Any, Any] = {}
+        self.refused: dict[tuple[str, str], str] = {}
+        self._runs: dict[tuple[str, str], Run] = {}
+        self._forced: dict[str, list[Forced]] = {}
+        self._own: dict[tuple, Any] = {}
+        self._carried: Any = None
+
+    def adapter(self, dtype: str) -> Adapter:
+        """The reference in a precision, with the randomised weights."""
+        if dtype not in self.reference:
+            self.reference[dtype] = opened(self.case, "reference", dtype)
+            self.reference[dtype].load(self.weights)
+        return self.reference[dtype]
+
+    def grid(self, value: Any) -> Any:
+        """A tree with every float array rounded to the coarsest precision of the case, as float64."""
+        return tree.map_leaves(lambda leaf: tree.to_grid(leaf, self.case.grid) if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f" else leaf,
+                               value)
+
+    def inputs(self, regime: Regime, offset: int = 0) -> dict[str, np.ndarray]:
+        """The inputs of a regime. Raises Skip when the case's inputs cannot be made like that."""
+        for argument in ("length", "batch"):
+            if getattr(regime, argument) is not None and not self.case.accepts(argument):
+                raise Skip(f"inputs of the case take no {argument}")
+        drawn = self.case.draw(self.case.seed + offset, batch=regime.batch, length=regime.length)
+        if regime.on_floats and not any(value.dtype.kind == "f" for value in drawn.values()):
+            raise Skip("the model reads integers only; applied to the inputs of each layer")
+        axis = 1 if self.case.states is None else self.case.states.axis
+        return self.grid(transformed(regime, drawn, axis))
+
+    def states(self, regime: Regime) -> Any:
+        """The state handed over under a regime, None where none is. Raises Skip for a carried state in a model without one."""
+        if not regime.carried:
+            return None
+        if self.case.states is None:
+            raise Skip("the model carries no state")
+        if self._carried is None:
+            drawn = self.case.draw(self.case.seed)
+            if self.case.states.initial is not None:
+                batch = next(iter(drawn.values())).shape[0]
+                self._carried = self.grid(self.case.states.initial(self.case.seed, batch))
+            else:
+                other = self.reference["float64"].run(self.inputs(BY_NAME[AS_IS], offset=1), None, tap=False)
+                self._carried = self.grid(self.state_of(other.outputs))
+        return self._carried
+
+    def state_of(self, outputs: Any) -> Any:
+        """The state in the outputs of a run. Raises CaseError when the outputs are no tuple that holds it."""
+        place = self.case.states.output
+        if not isinstance(outputs, (tuple, list)) or len(outputs) <= place:
+            raise CaseError(f"states.output of case {self.case.name!r} is {place}, but the model returned {type(outputs).__name__} "
+                            f"of {len(outputs) if isinstance(outputs, (tuple, list)) else 1}")
+        return outputs[place]
+
+    def run(self, regime: Regime, dtype: str = "float64") -> Run:
+        """The tapped run of the reference under a regime; raises Skip where it does not apply."""
+        key = (regime.name, dtype)
+        if key not in self._runs:
+            inputs, states = self.inputs(regime), self.states(regime)
+            try:
+                self._runs[key] = self.adapter(dtype).run(inputs, states, tap=dtype == "float64")
+            except Exception as error:
+                if regime.name == AS_IS:
+                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run: {type(error).__name__}: {error}") from error
+                raise Skip(f"the reference refuses it: {error}") from error
+        return self._runs[key]
+
+    def order(self) -> dict[str, int]:
+        """Module path -> position at which its first call ends in the plain run; modules that do not run come last."""
+        order: dict[str, int] = {}
+        for regime in self.plain():
+            for call in self.run(regime).calls:
+                order.setdefault(call.path, len(order))
+        return order
+
+    def plain(self) -> list[Regime]:
+        """The plain run and, for a model with states, the one with a carried state."""
+        return [BY_NAME[AS_IS]] + ([BY_NAME["carried state"]] if self.case.states is not None else [])
+
+    def forced(self, regime: Regime) -> list[Forced]:
+        """Every layer on the reference's own inputs under a regime: those it met in that run, or those of the plain runs transformed.
+
+        The model itself is left out: on its own inputs it is the free run.
+        """
+        if regime.name not in self._forced:
+            sources = [item for plain in (self.plain() if regime.on_floats else [regime]) for item in self._selected(self.run(plain).calls)]
+            made = []
+            for call in sources:
+                if not call.path or matching(self.case.not_forced, call.path) is not None:
+                    continue
+                args, kwargs = self.grid(transformed(regime, (call.args, call.kwargs)) if regime.on_floats else (call.args, call.kwargs))
+                # the outputs are those for the rounded inputs, so that one oracle serves every precision
+                try:
+                    outputs = self.reference["float64"].call(call.path, args, kwargs)
+                except Exception as error:
+                    if not regime.on_floats:
+                        raise CaseError(f"layer {call.path!r} of the reference cannot be called by itself: {error}; give not_forced") from error
+                    self.refused[regime.name, call.path] = str(error)
+                    continue
+                made.append(Forced(call.path, len(made), args, kwargs, outputs))
+            self._forced[regime.name] = made
+        return self._forced[regime.name]
+
+    def own(self, regime: Regime, forced: Forced, dtype: str) -> Any:
+        """Outputs of a forced layer of the reference in a lower precision."""
+        key = (regime.name, forced.index, dtype)
+        if key not in self._own:
+            self._own[key] = self.adapter(dtype).call(forced.path, forced.args, forced.kwargs)
+        return self._own[key]
+
+    @staticmethod
+    def _selected(calls: list[Call]) -> list[Call]:
+        last = {call.path: call.index for call in calls}
+        return [call for call in calls if call.index < MAX_CALLS - 1 or call.index == last[call.path]]

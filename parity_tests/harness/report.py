@@ -1,0 +1,151 @@
+"""Reports: a terminal table in run order with the verdict first and one line of totals, and JSON that reads back as it was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .battery import Result
+from .compare import Check
+from .locate import number
+from .mutate import Mutation
+
+SCHEMA = "parity-report/1"
+
+
+def worst(checks: Iterable[Check]) -> Check | None:
+    """The check that stands worst against what it is allowed; failures first."""
+    def ratio(check: Check) -> tuple:
+        value = check.value / check.allowed if check.allowed > 0.0 else (math.inf if check.value > 0.0 else 0.0)
+        return (not check.held, math.inf if math.isnan(value) else value)
+
+    return max(checks, key=ratio, default=None)
+
+
+def totals(result: Result) -> str:
+    """One line: tiers, checks, leaves, seconds, the worst float64 number, the least cosine."""
+    checks = result.checks
+    failed = sum(not check.held for check in checks)
+    meaning = worst(check for check in checks if check.quantity == "relative L2" and check.dtype == "float64" and check.rule == 2)
+    cosines = [check.measure.cosine for check in checks if check.measure is not None and check.tier in ("forced", "free")]
+    parts = [f"{len(checks)} checks in {sum(not tier.skipped for tier in result.tiers)} tiers", f"{failed} failed", f"{result.leaves} leaves"]
+    if meaning is not None:
+        parts.append(f"worst float64 {number(meaning.value)} of {number(meaning.allowed)}")
+    if cosines:
+        parts.append(f"least cosine {'nan' if any(map(math.isnan, cosines)) else f'{min(cosines):.9f}'}")
+    return ", ".join([*parts, f"{sum(tier.seconds for tier in result.tiers):.1f} s"])
+
+
+def _cell(checks: Sequence[Check]) -> str:
+    check = worst(checks)
+    if check is None:
+        return "[dim]-[/]"
+    text = number(check.value) if math.isfinite(check.value) else "x"
+    return text if check.held else f"[bold red]{text}[/]"
+
+
+def _rows(result: Result) -> list[tuple[str, dict[str, list[Check]]]]:
+    rows: dict[str, dict[str, list[Check]]] = {}
+    for check in result.checks:
+        if check.tier in ("forced", "free", "rounding", "gradients"):
+            rows.setdefault(check.where, {}).setdefault(check.tier, []).append(check)
+    return sorted(rows.items(), key=lambda item: (item[0] == "", result.order.get(item[0], len(result.order)), item[0]))
+
+
+def terminal(result: Result, console: Console, *, table: bool = True) -> None:
+    """Print the verdict, the layers in run order, the tiers, notes and lint, and one line of totals."""
+    verdict = "[bold green]parity holds[/]" if result.held else "[bold red]parity does not hold[/]"
+    console.print(f"{escape(result.case)}: {verdict}" + (f": {escape(result.sentence)}" if result.sentence else ""), soft_wrap=True)
+    if table:
+        layers = Table("module", "forced", "free", "float32 / allowed", "gradients", "cosine", box=None, pad_edge=False)
+        for path, cells in _rows(result):
+            band = worst(cells.get("rounding", ()))
+            rounded = "[dim]-[/]" if band is None else f"{_cell(cells['rounding'])} / {number(band.allowed)}"
+            cosines = [check.measure.cosine for group in ("forced", "free") for check in cells.get(group, ()) if check.measure is not None]
+            least = "[dim]-[/]" if not cosines else ("[bold red]nan[/]" if any(map(math.isnan, cosines)) else f"{min(cosines):.6f}")
+            layers.add_row(escape(path or "(model)"), _cell(cells.get("forced", ())), _cell(cells.get("free", ())), rounded,
+                           _cell(cells.get("gradients", ())), least)
+        if layers.row_count:
+            console.print(layers)
+    for tier in result.tiers:
+        state = f"[yellow]not run[/]: {escape(tier.skipped)}" if tier.skipped else ("[green]held[/]" if tier.held else "[red]failed[/]")
+        failures = sum(not check.held for check in tier.checks)
+        count = "" if tier.skipped else f", {len(tier.checks)} checks" + (f", {failures} failed" if failures else "")
+        console.print(f"  {tier.name}: {state}{count}, {tier.seconds:.1f} s", soft_wrap=True)
+        if tier.sentence and tier.sentence != result.sentence:
+            console.print(f"    {escape(tier.sentence)}", soft_wrap=True)
+    for label, lines in (("lint", result.lint), ("note", result.notes)):
+        for line in lines:
+            console.print(f"  [dim]{label}: {escape(line)}[/]", soft_wrap=True)
+    console.print(totals(result), soft_wrap=True)
+
+
+def mutations_table(found: Sequence[Mutation], console: Console) -> None:
+    """Print what became of every injected bug."""
+    table = Table("mutation", "detected", "located at", "by", "cosine alone", box=None, pad_edge=False)
+    for item in found:
+        place = item.located or "(model)"
+        where = f"[green]{escape(place)}[/]" if item.held else f"[red]{escape(place)}, expected {escape(item.expected)}[/]"
+        table.add_row(escape(item.name), "yes" if item.detected else "[red]no[/]", where if item.detected else "-", item.tier or "-",
+                      f"{'notices' if item.cosine_alone else 'blind'} ({item.cosine:.6f})")
+    console.print(table)
+    console.print(f"{sum(item.held for item in found)} of {len(found)} detected and located; cosine >= 0.99 alone notices "
+                  f"{sum(item.cosine_alone for item in found)}")
+
+
+def _plain(value: Any) -> Any:
+    """Native JSON values; numbers that JSON does not have are spelled as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (bool, int, float, str)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def to_json(results: Sequence[Result]) -> str:
+    """Results as JSON: a schema name, the verdict as a boolean, and everything that was measured."""
+    record = {"schema": SCHEMA, "held": bool(results) and all(result.held for result in results),
+              "cases": [{**_plain(result), "held": result.held, "totals": totals(result)} for result in results]}
+    return json.dumps(record, allow_nan=False, separators=(",", ":"))
+
+
+def from_json(text: str) -> list[Result]:
+    """The results that `to_json` wrote. Raises ValueError for another schema."""
+    record = json.loads(text)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"expected a report of schema {SCHEMA}, found {found!r}")
+    return [_typed(Result, case) for case in record["cases"]]
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _typed(next(item for item in args if item is not type(None)), value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{field.name: _typed(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})
+    if kind is float:
+        return float(value)
+    if origin is list:
+        return [_typed(args[0], item) for item in value]
+    if origin is tuple:
+        return tuple(_typed(args[0], item) for item in value)
+    if origin is dict:
+        return {key: _typed(args[1], item) for key, item in value.items()}
+    return value

@@ -1,0 +1,133 @@
+"""Our models as cases of the harness: the only file that knows both torch_impl and jax_impl.
+
+Every variant is a tiny model whose axes all have different sizes, none a power of two or a square, with random weights and, where it has
+a bank, slots that were written a different number of times. `parity run` without arguments runs CASES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from conf.models import GroundedMambaConfig
+from jax_impl.grounded_mamba import GroundedMamba as JaxGroundedMamba
+from parity_tests.harness import Bound, Case, StateProtocol, Trajectory
+from torch_impl.grounded_mamba import GroundedMamba as TorchGroundedMamba
+
+BATCH, LENGTH = 3, 19
+DEFAULT = GroundedMambaConfig(
+    vocab_size=29, dim=70, depth=2, ssm_dim=6, rwkv_heads=7, retrieval_heads=14, memory_size=13, memory_writes=11, memory_every=10)
+VARIANTS = {
+    "grounded_mamba": DEFAULT,
+    "grounded_mamba_learned_gate": dataclasses.replace(DEFAULT, gate="learned", dt_bias=(0.7,), time_first="gain"),
+    "grounded_mamba_direct": dataclasses.replace(DEFAULT, decay="direct", dt_clamp="hard", normalised_key=False),
+    "grounded_mamba_direct_gain": dataclasses.replace(DEFAULT, decay="direct", time_first="gain", readout_norm=False, memory_size=0),
+    "groundthink": GroundedMambaConfig.groundthink(vocab_size=29, dim=70, depth=2, ssm_dim=6, rwkv_heads=7),
+}
+BOUNDS = (
+    Bound(1e-12, "one layer on equal input: float64 rounding of a port that computes in another order", on="forced"),
+    Bound(1e-11, "two blocks on top of each other lose one digit more", on="free"),
+    Bound(1e-11, "a split only changes the order of float64 sums", on="splits"),
+    Bound(1e-10, "the way back through 19 normalised steps loses another digit", on="gradients"),
+)
+
+
+def inputs(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
+    """Random token ids (B, L)."""
+    shape = (BATCH if batch is None else batch, LENGTH if length is None else length)
+    return {"input_ids": np.random.default_rng(seed).integers(0, DEFAULT.vocab_size, shape)}
+
+
+def leaves(config: GroundedMambaConfig) -> dict[str, Callable[..., np.ndarray]]:
+    """Values in the range of their meaning where the harness's default would leave it."""
+    ranges: dict[str, Callable[..., np.ndarray]] = {
+        "blocks.*.rwkv.time_decay": lambda rng, shape: rng.uniform(-4.0, 0.5, shape) if config.decay == "exp_exp" else rng.uniform(0.3, 0.98, shape),
+        "blocks.*.ssm.A": lambda rng, shape: rng.normal(size=shape),  # largest singular value well above max_singular
+    }
+    if config.dt_clamp == "hard":  # its gradient lives between the clamps, and softplus(-4) = 0.018 lies there
+        ranges["blocks.*.ssm.dt_proj.bias"] = lambda rng, shape: rng.uniform(-4.5, -3.5, shape)
+        ranges["blocks.*.ssm.dt_proj.weight"] = lambda rng, shape: rng.normal(0.0, 0.05, shape)
+    if config.memory_size:
+        def counts(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+            occupied = shape[0] - 4  # a prefix; four slots are still empty
+            return np.where(np.arange(shape[0]) < occupied, rng.integers(1, 200, shape), 0)
+
+        ranges |= {
+            "blocks.*.rwkv.memory_count": counts,
+            "blocks.*.rwkv.update_counter": lambda rng, shape: np.asarray(3 * config.memory_every),
+            "blocks.*.rwkv.writes": lambda rng, shape: np.asarray(3),
+        }
+    return ranges
+
+
+def initial_states(config: GroundedMambaConfig) -> Callable[[int, int], list[dict[str, np.ndarray]]]:
+    """Random states for `batch` sequences."""
+
+    def draw(seed: int, batch: int) -> list[dict[str, np.ndarray]]:
+        rng, head = np.random.default_rng(seed), (config.rwkv_heads, config.head_dim, config.head_dim)
+        return [{"ssm": rng.normal(size=(batch, config.ssm_dim)), "wkv": rng.normal(size=(batch, *head))} for _ in range(config.depth)]
+
+    return draw
+
+
+def with_aux(module: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    return module(inputs["input_ids"], return_aux=True)
+
+
+def write_memory(module: Any, outputs: tuple[Any, ...]) -> None:
+    module.update_memory(outputs[2])
+
+
+def torch_loss(outputs: tuple[Any, ...], inputs: dict[str, Any]) -> torch.Tensor:
+    """Next-token cross-entropy, and the size of the states, so that every output has a gradient."""
+    logits, labels = outputs[0][:, :-1], inputs["input_ids"][:, 1:]
+    entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) if labels.numel() else 0.0
+    return entropy + sum(s.square().mean() for state in outputs[1] for s in state.values())
+
+
+def jax_loss(outputs: tuple[Any, ...], inputs: dict[str, Any]) -> jax.Array:
+    logits, labels = outputs[0][:, :-1], inputs["input_ids"][:, 1:]
+    entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean() if labels.size else 0.0
+    return entropy + sum(jnp.square(s).mean() for state in outputs[1] for s in state.values())
+
+
+def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None) -> Case:
+    """torch's chunked form against the NNX port, layer by layer and end to end, 50 AdamW steps with the bank written every 10th.
+
+    `regimes` None runs them all.
+    """
+    return Case(
+        name=name,
+        reference=lambda: TorchGroundedMamba(config, chunk_size=6),
+        candidate=lambda: JaxGroundedMamba(config, chunk_size=6, rngs=nnx.Rngs(0)),
+        inputs=inputs,
+        ties={"lm_head.weight": "embedding.weight"},
+        leaves=leaves(config),
+        regimes=regimes,
+        states=StateProtocol(initial=initial_states(config), detached=True),
+        trajectory=Trajectory(call=(with_aux, with_aux), after=(write_memory, write_memory), lr=3e-3),
+        loss=(torch_loss, jax_loss),
+        bounds=BOUNDS,
+        unpaired={"lm_head": "the port ties its head by attending to the embedding"},
+        not_forced={"*.state_norm": "its weights are read by the scan, which normalises inside its loop"},
+        unobservable={} if config.gate == "learned" else {"blocks.*.gate_proj.*": "kept in the fixed mode, where the gate is a constant"},
+        sizes={
+            "batch": BATCH, "length": LENGTH, "vocab": config.vocab_size, "dim": config.dim, "ssm_dim": config.ssm_dim,
+            "heads": config.rwkv_heads, "head_dim": config.head_dim,
+        } | ({"slots": config.memory_size, "retrieval_heads": config.retrieval_heads, "retrieval_dim": config.dim // config.retrieval_heads,
+              "rows": config.memory_writes} if config.memory_size else {}),
+    )
+
+
+# The default and the public variant under every regime; the others, which share their layers, where a variant can part from them:
+# a carried state, an offset, and a last chunk that is ragged
+SOME = ("as is", "carried state", "+ 100", "length 63")
+FULL = [grounded_mamba(name, VARIANTS[name]) for name in ("grounded_mamba", "groundthink")]
+CASES = FULL + [grounded_mamba(name, config, SOME) for name, config in VARIANTS.items() if name not in ("grounded_mamba", "groundthink")]
