@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import sys
 import time
@@ -244,6 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `groundwave` command. Returns the exit status."""
     # Idle threads that spin cost a shared machine ten times the run's own work; read when torch's OpenMP loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.getLogger("jax").setLevel(logging.WARNING)  # JAX tells of every kind of device that is not there
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": run_train, "compare": run_compare}
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -51,8 +51,10 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], trigram: float | None) -> Fig
     axes.plot(*curve(rows, "train/bits_per_token"), linewidth=1, color="tab:gray", label="training, bits per token")
     steps, values = curve(rows, "validation/bits_per_byte")
     axes.plot(steps, values, marker="o", markersize=3, color="tab:blue", label="validation, bits per byte")
+    axes.plot(*curve(rows, "final/bits_per_byte"), marker="s", linestyle="none", color="tab:blue", label="validation at the end, on more bytes")
     if trigram is not None:
-        axes.axhline(trigram, linestyle="--", linewidth=1, color="tab:red", label=f"byte trigram on the same bytes, {trigram:.3f}")
+        label = f"byte trigram, validation at the end, {trigram:.3f}"
+        axes.axhline(trigram, linestyle="--", linewidth=1, color="tab:red", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("bits")
     axes.grid(alpha=0.3)

@@ -129,7 +129,7 @@ def _conclude(state: Session, tracker: Tracker, console: Console, seconds: float
         "tokens_per_second": last * _tokens(config) / max(seconds, 1e-9),
         "peak_megabytes": peak / 2**20,
     }
-    values = {**_validation(final), "validation/trigram_bits_per_byte": baseline}
+    values = {"final/bits_per_byte": final.bits_per_byte, "final/perplexity": final.perplexity, "final/trigram_bits_per_byte": baseline}
     with open(folder / METRICS, "a", encoding="utf-8") as metrics:
         _write(metrics, last, values)
     tracker.log(values, last)

@@ -54,7 +54,7 @@ def test_run_leaves_everything_behind(backend: str, text: Path, tmp_path: Path, 
     assert {"validation/bits_per_byte", "gradient/blocks.0.ssm.A/std", "state/0/wkv/largest", "gate/0", "rate/ssm"} <= rows[1].keys()
     parts = rows[0]["train/cross_entropy"] + rows[0]["train/state_penalty"] + rows[0]["train/smoothness"]
     assert rows[0]["train/loss"] == pytest.approx(parts, rel=1e-6)  # float32
-    assert rows[3]["validation/trigram_bits_per_byte"] == summary["trigram_bits_per_byte"]
+    assert rows[3]["final/trigram_bits_per_byte"] == summary["trigram_bits_per_byte"]
     for name in ("config.yaml", "environment.json", "data.json", "summary.json", "sample.txt", "curve.svg", "curve.png", "long_context.svg"):
         assert (tmp_path / name).stat().st_size > 0, name
     environment = json.loads((tmp_path / "environment.json").read_text())
