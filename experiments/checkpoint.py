@@ -25,7 +25,7 @@ import runtime
 from conf.schema import TrainConfig
 from experiments.errors import RunError
 from runtime.checkpoint import load_arrays
-from runtime.files import digest, write_arrays
+from runtime.files import digest, flush, write_arrays
 
 FOLDER = "checkpoints"
 _PREFIX = "step-"
@@ -74,14 +74,14 @@ def save(
         runtime.save(model, temporary / "model")
         training = {f"optimiser.{name}": value for name, value in optimiser.items()} | {f"states.{name}": value for name, value in states.items()}
         write_arrays(temporary / _TRAINING, training)
-        _flush(temporary / _TRAINING)
+        flush(temporary / _TRAINING)
         files = {path.relative_to(temporary).as_posix(): digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
         (temporary / _DESCRIPTION).write_text(json.dumps({**description, "files": files}, indent=1) + "\n", encoding="utf-8")
-        _flush(temporary / _DESCRIPTION)
-        _flush(temporary / "model")
-        _flush(temporary)
+        flush(temporary / _DESCRIPTION)
+        flush(temporary / "model")
+        flush(temporary)
         os.rename(temporary, target)
-        _flush(root)
+        flush(root)
         for old in _folders(root)[keep:]:
             _discard(old)
     except OSError as error:
@@ -175,11 +175,3 @@ def _discard(folder: Path) -> None:
     gone = folder.with_name(f"{_WRITING}old-{folder.name}")
     os.rename(folder, gone)
     shutil.rmtree(gone)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -107,15 +107,15 @@ def write_set(directory: Path, description: Mapping[str, Any], writers: Mapping[
     for name, writer in writers.items():
         temporary = directory / f".{name}.writing"
         writer(temporary)
-        _flush(temporary)
+        flush(temporary)
         files[name] = {"bytes": temporary.stat().st_size, "sha256": digest(temporary)}
         os.replace(temporary, pending_path(directory, name, files[name]["sha256"]))
     temporary = directory / f".{CONFIG}.writing"
     temporary.write_text(json.dumps({**description, "files": files}, indent=2) + "\n", encoding="utf-8")
-    _flush(temporary)
-    _flush(directory)
+    flush(temporary)
+    flush(directory)
     os.replace(temporary, directory / CONFIG)
-    _flush(directory)
+    flush(directory)
     settle(directory)
     for name in filter(_OURS.fullmatch, replaced.keys() - files.keys()):
         (directory / name).unlink(missing_ok=True)
@@ -159,7 +159,7 @@ def settle(directory: Path) -> None:
     for path in directory.iterdir():
         if _PENDING.fullmatch(path.name) and path.is_file():
             path.unlink()
-    _flush(directory)
+    flush(directory)
 
 
 def _listed(directory: Path) -> dict[str, dict[str, Any]]:
@@ -194,7 +194,7 @@ def _files(directory: Path, description: Mapping[str, Any]) -> dict[str, dict[st
     return files
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file or a directory's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

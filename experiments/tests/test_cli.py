@@ -116,14 +116,6 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(9):
-        (folder / f"{index}.txt").write_text(f"The rain in Spain, number {index}, stays mainly in the plain.\n" * (5 + index))
-    return folder
-
-
 def test_sweep_runs_each_job_in_its_folder(tmp_path: Path, text: Path) -> None:
     done = run([
         "-m", "seed=0,1", "backend=torch,torch_compiled", "experiment=smoke", f"data.path={text}", "data.validation_fraction=0.3",

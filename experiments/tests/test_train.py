@@ -16,14 +16,6 @@ from experiments.errors import RunError
 from experiments.tests.test_cli import GROUPS
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(9):
-        (folder / f"{index}.txt").write_text(f"The rain in Spain, number {index}, stays mainly in the plain.\n" * (5 + index))
-    return folder
-
-
 def smoke(text: Path, *overrides: str) -> TrainConfig:
     base = ["experiment=smoke", f"data.path={text}", "data.validation_fraction=0.3", "tracker=none", "backend=torch_compiled"]
     return cli.validate(cli.composed([*base, *overrides]))

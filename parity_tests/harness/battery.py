@@ -109,9 +109,11 @@ class Battery:
         """The result of one tier, run on first use. Raises KeyError for an unknown name."""
         if name not in self._tiers:
             start = time.perf_counter()
-            skipped, checks = "", list(self.broken)
-            if self.candidate is None:
-                skipped = "" if name == "conversion" else "the weights could not be converted"
+            skipped, checks = "", []
+            if self.candidate is None and name == "conversion":
+                checks = self.broken
+            elif self.candidate is None:
+                skipped = "the weights could not be converted"
             else:
                 try:
                     with applied(self.policy, self.kinds):
@@ -119,10 +121,10 @@ class Battery:
                     if not checks:
                         checks = [failed(Place(name, "", AS_IS, "float64"), 1, "nothing was compared")]
                 except Unsupported as reason:
-                    skipped, checks = str(reason), []
+                    skipped = str(reason)
             if not all(check.held for check in checks) and self.candidate is not None:
                 self._agreement()
-            result = TierResult(name, checks if not skipped or self.candidate is not None else [], time.perf_counter() - start, skipped)
+            result = TierResult(name, checks, time.perf_counter() - start, skipped)
             result.sentence = locate.sentence(result.checks, self.input_errors)
             self._tiers[name] = result
         return self._tiers[name]
@@ -134,7 +136,7 @@ class Battery:
             raise ValueError(f"unknown tier {unknown[0]!r}, expected {', '.join(TIERS)}")
         done = []
         for name in TIERS:
-            if names and name not in names:
+            if names and name not in names and not (self.broken and name == "conversion"):
                 continue
             done.append(self.tier(name))
             if stop and not done[-1].held:
@@ -176,11 +178,20 @@ class Battery:
         """The candidate end to end under a regime."""
         key = (regime.name, dtype)
         if key not in self._runs:
-            inputs, states = self.recording.inputs(regime), self.recording.states(regime)
-            # the plain run in low precision is compiled as in use, since optimisation decides its rounding
-            quick = dtype == "float64" or regime.name != AS_IS
-            self._runs[key] = self.candidate.adapter(dtype).run(inputs, states, tap=dtype == "float64", quick=quick)
+            args, kwargs = self._free_arguments(regime, dtype)
+            self._runs[key] = self.candidate.adapter(dtype).run(*args, **kwargs)
         return self._runs[key]
+
+    def start_free(self, dtype: str = "float64") -> None:
+        """Begin to compile the candidate end to end for every regime that has not run."""
+        for regime in self.recording.regimes:
+            if (regime.name, dtype) not in self._runs:
+                self.candidate.start(dtype, "run", lambda regime=regime: self._free_arguments(regime, dtype))
+
+    def _free_arguments(self, regime: Regime, dtype: str) -> tuple[tuple, dict]:
+        # the plain run in low precision is compiled as in use, since optimisation decides its rounding
+        quick = dtype == "float64" or regime.name != AS_IS
+        return (self.recording.inputs(regime), self.recording.states(regime)), {"tap": dtype == "float64", "quick": quick}
 
     def matched(self, reference: Run, candidate: Run) -> Iterator[tuple[Call, Call]]:
         """Calls of both runs that belong together: the same module, called equally often."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,18 +46,37 @@ class Candidate:
 
     def call(self, forced: Forced, dtype: str) -> Any:
         """A layer on the reference's own inputs; equal modules with equal weights are computed once, mutated twins included."""
-        adapter, path = self.adapter(dtype), self.path(forced.path)
+        adapter, held = self.adapter(dtype), self.recording.candidate_outputs
+        if not hasattr(adapter, "identity"):
+            return adapter.call(*self.arguments(forced))
+        key = self._key(forced, dtype)
+        if key not in held:
+            held[key] = (forced, adapter.call(*self.arguments(forced)))
+        return held[key][1]
+
+    def arguments(self, forced: Forced) -> tuple[str, tuple, dict]:
+        """The candidate's path of a layer, and its arguments as the candidate takes them."""
         args, kwargs = forced.args, forced.kwargs
         if self.case.adapt is not None:
             args, kwargs = self.case.adapt(forced.path, args, kwargs)
-        if not hasattr(adapter, "identity"):
-            return adapter.call(path, args, kwargs)
-        # the Forced object itself is the key, which keeps its id from being used again
-        key = (forced.path, id(forced), dtype, adapter.identity(path))
-        held = self.recording.candidate_outputs
-        if key not in held:
-            held[key] = (forced, adapter.call(path, args, kwargs))
-        return held[key][1]
+        return self.path(forced.path), args, kwargs
+
+    def start_calls(self, layers: Iterable[Forced], dtype: str) -> None:
+        """Begin to compile what `call` will need for these layers."""
+        for forced in layers:
+            if self.path(forced.path) is not None and (self.kind != "nnx" or self._key(forced, dtype) not in self.recording.candidate_outputs):
+                self.start(dtype, "call", lambda forced=forced: (self.arguments(forced), {}))
+
+    def start(self, dtype: str, method: str, arguments: Callable[[], tuple[tuple, dict]]) -> None:
+        """Begin to compile what a method of the adapter will need; adapters that compile nothing have nothing to begin."""
+        if self.kind == "nnx":
+            with contextlib.suppress(Exception):  # what is wrong with the arguments is reported when they are used
+                args, kwargs = arguments()
+                self.adapter(dtype).start(method, *args, **kwargs)
+
+    def _key(self, forced: Forced, dtype: str) -> tuple:
+        # the outputs keep the Forced object, so that its id is not used again
+        return (forced.path, id(forced), dtype, self.adapter(dtype).identity(self.path(forced.path)))
 
     def mutated(self, weights: Mapping[str, np.ndarray], patches: tuple, trajectory: Trajectory | None, salt: Any) -> Candidate:
         """A twin with other weights, patched modules or another trajectory. Raises TypeError when the candidate cannot be patched."""

@@ -83,8 +83,10 @@ class Case:
     unpaired: pattern of reference module paths that the candidate does not have -> reason.
     not_forced: pattern of module paths that are not called by themselves -> reason.
     unobservable: pattern of reference leaves that change nothing -> reason.
+    regimes: `Regime` objects or names of the standard ones; None for all of those. dtypes: float64 and the precisions beside it.
     sizes: name -> size of every axis, for the lint.
-    injectors: mutations of this case's own, beside the generic ones.
+    injectors: mutations for `parity run --mutations` and `run_mutations`.
+    seed: of the randomised weights and of the inputs.
     jit: whether the candidate's calls are compiled as one program, as they are in use.
     """
 

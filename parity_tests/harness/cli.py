@@ -30,6 +30,9 @@ from .recording import Recording
 USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, MeasureError, Unsupported)
 
 
+WIDTH = 120  # columns of a report that goes to a file
+
+
 class _Usage(Exception):
     """A wrong command line."""
 
@@ -112,7 +115,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise _Usage(str(error)) from error
     cases = [_adjusted(case, arguments) for case in _cases(arguments.cases)]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     results: list[Result] = []
     held = True
     for case in cases:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import sys
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
         raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
     module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
     if not hasattr(module, name):
-        known = sorted(key for key, value in vars(module).items() if isinstance(value, Case))
+        known = sorted(key for key, value in vars(module).items() if _is_cases(value))
         raise CaseError(f"{place} has no {name!r}; its cases are {', '.join(known) or 'none'}")
     found = getattr(module, name)
     if callable(found) and not isinstance(found, (Case, type)):
@@ -52,10 +51,13 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
             found = found()
         except Exception as error:
             raise CaseError(f"{spec} raised {type(error).__name__}: {_line(error)}") from error
-    cases = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
-    if not cases or not all(isinstance(case, Case) for case in cases):
+    if not _is_cases(found):
         raise CaseError(f"{spec} is {type(found).__name__}, expected a Case, a list of them, or a function that makes either")
-    return cases
+    return [found] if isinstance(found, Case) else list(found)
+
+
+def _is_cases(value: Any) -> bool:
+    return isinstance(value, Case) or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(case, Case) for case in value))
 
 
 def _file(path: Path, spec: str) -> Any:

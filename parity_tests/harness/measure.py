@@ -112,9 +112,18 @@ def _worst(error: np.ndarray, reference: np.ndarray) -> tuple[tuple[int, ...] | 
     channel = int(np.argmax(squared.reshape(-1, error.shape[-1]).sum(0)))
     row = np.unravel_index(int(np.argmax(squared.sum(-1))), error.shape[:-1]) if error.ndim > 1 else None
     step = int(np.argmax(squared.sum(tuple(axis for axis in range(error.ndim) if axis != 1)))) if error.ndim > 2 else None
-    rows, size = reference.reshape(-1, reference.shape[-1]), error.reshape(-1, error.shape[-1])
-    lowest = min(cosine(rows[index], rows[index] + size[index]) for index in range(len(rows))) if len(rows) <= 4096 else math.nan
-    return None if row is None else tuple(int(index) for index in row), channel, step, lowest
+    return None if row is None else tuple(int(index) for index in row), channel, step, _lowest_cosine(reference, reference + error)
+
+
+def _lowest_cosine(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """The least cosine over rows of the last axis, with the same meaning of zeros as `cosine`; values are finite."""
+    left, right = (array.reshape(-1, array.shape[-1]) for array in (reference, candidate))
+    scales = [np.max(np.abs(rows), axis=1, keepdims=True) for rows in (left, right)]
+    zeros = [scale[:, 0] == 0.0 for scale in scales]
+    left, right = (rows / np.where(scale == 0.0, 1.0, scale) for rows, scale in zip((left, right), scales, strict=True))
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    found = np.einsum("rc,rc->r", left, right) / np.where(norms == 0.0, 1.0, norms)
+    return float(np.min(np.where(zeros[0] | zeros[1], np.where(zeros[0] & zeros[1], 1.0, 0.0), found)))
 
 
 def measure(reference: Any, candidate: Any, *, check_dtype: bool = True) -> Measure:

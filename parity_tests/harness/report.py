@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .battery import Result
 from .compare import Check
@@ -66,7 +66,7 @@ def terminal(result: Result, console: Console, *, table: bool = True) -> None:
     verdict = "[bold green]parity holds[/]" if result.held else "[bold red]parity does not hold[/]"
     console.print(f"{escape(result.case)}: {verdict}" + (f": {escape(result.sentence)}" if result.sentence else ""), soft_wrap=True)
     if table:
-        layers = Table("module", "forced", "free", "float32 / allowed", "gradients", "cosine", box=None, pad_edge=False)
+        layers = Table(Column("module", overflow="fold"), "forced", "free", "float32 / allowed", "gradients", "cosine", box=None, pad_edge=False)
         for path, cells in _rows(result):
             band = worst(cells.get("rounding", ()))
             rounded = "[dim]-[/]" if band is None else f"{_cell(cells['rounding'])} / {number(band.allowed)}"

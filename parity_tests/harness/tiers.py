@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from .adapters.base import Unsupported
 from .compare import Check, Place, exact, failed, passed, rounded
 from .convert import copied, unique_integers
 from .measure import MeasureError, relative_l2
-from .recording import Skip, matching
+from .recording import Forced, Skip, matching
 from .regimes import AS_IS, Regime
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def forced(battery: Battery) -> list[Check]:
     checks: list[Check] = []
     if battery.recording.kind == "callable" or battery.candidate.kind == "callable":
         raise Unsupported("a function has no layers; the free tier compares it as a whole")
+    for layers in _all_forced(battery, battery.recording.regimes):
+        battery.candidate.start_calls(layers, "float64")
     for regime, layers in applicable(battery, "forced", battery.recording.forced):
         for layer in layers:
             if battery.candidate.path(layer.path) is None:
@@ -119,9 +122,16 @@ def forced(battery: Battery) -> list[Check]:
     return checks
 
 
+def _all_forced(battery: Battery, regimes: Iterable[Regime]) -> Iterator[list[Forced]]:
+    for regime in regimes:
+        with contextlib.suppress(Skip):
+            yield battery.recording.forced(regime)
+
+
 def free(battery: Battery) -> list[Check]:
     """Meaning: the models end to end, and every layer on the way, float64."""
     checks: list[Check] = []
+    battery.start_free()
     for regime, reference in applicable(battery, "free", battery.recording.run):
         last = Place("free", "", regime.name, "float64", battery.position(""))
 
@@ -149,8 +159,12 @@ def rounding(battery: Battery) -> list[Check]:
         raise Unsupported("the case names no precision below float64")
     for dtype in lower:
         longest = max((regime.length or 0 for regime in battery.recording.regimes), default=0)
+        chosen = [regime for regime in battery.recording.regimes if (regime.length or longest) == longest and regime.batch is None]
+        for layers in _all_forced(battery, chosen):
+            battery.candidate.start_calls(layers, dtype)
+        battery.start_free(dtype)
         for regime, layers in applicable(battery, f"rounding, {dtype}", battery.recording.forced):
-            if (regime.length or longest) != longest or regime.batch is not None:
+            if regime not in chosen:
                 continue
             for layer in layers:
                 if battery.candidate.path(layer.path) is not None:
@@ -181,6 +195,9 @@ def splits(battery: Battery) -> list[Check]:
         raise Unsupported(f"a sequence of {length} cannot be split")
     start = recording.states(recording.plain()[1])
     checks: list[Check] = []
+    for cut in range(1, length):
+        part = {name: np.take(value, np.arange(cut), axis=axis) if name in along else value for name, value in inputs.items()}
+        battery.candidate.start("float64", "run", lambda part=part: ((part, start), {"tap": False}))
     for where, begin in (("from a carried state", start), ("from the beginning", None)):
         whole = recording.adapter("float64").run(inputs, begin, tap=False).outputs
         places = range(1, length) if begin is not None else (length // 2,)

@@ -23,23 +23,25 @@ NOISE = Bound(16.0, "a gradient that is zero in exact arithmetic is rounding of 
 
 def gradients(battery: Battery) -> list[Check]:
     """Gradients by name, float64: of every layer by itself, then of the whole model, with and without a carried state."""
-    recording = battery.recording
+    recording, candidate, seed = battery.recording, battery.candidate, battery.case.seed
     checks: list[Check] = []
+    for regime in recording.plain():
+        candidate.start("float64", "gradients", lambda regime=regime: ((recording.inputs(regime), recording.states(regime), seed), {}))
+        for layer in recording.forced(regime):
+            if candidate.path(layer.path) is not None:
+                candidate.start("float64", "call_gradients", lambda layer=layer: ((*candidate.arguments(layer), seed), {}))
     for regime in recording.plain():
         battery.progress(f"gradients of layers: {regime.name}")
         seen = set()
         for layer in recording.forced(regime):
-            if layer.path in seen or battery.candidate.path(layer.path) is None:
+            if layer.path in seen or candidate.path(layer.path) is None:
                 continue
             seen.add(layer.path)
             place = Place("gradients", layer.path, f"{regime.name}, layer", "float64", battery.position(layer.path))
-            args, kwargs = layer.args, layer.kwargs
-            if battery.case.adapt is not None:
-                args, kwargs = battery.case.adapt(layer.path, args, kwargs)
 
-            def compare(layer: Any = layer, place: Place = place, args: tuple = args, kwargs: dict = kwargs) -> list[Check]:
-                left = recording.adapter("float64").call_gradients(layer.path, layer.args, layer.kwargs, battery.case.seed)
-                right = battery.candidate.adapter("float64").call_gradients(battery.candidate.path(layer.path), args, kwargs, battery.case.seed)
+            def compare(layer: Any = layer, place: Place = place) -> list[Check]:
+                left = recording.adapter("float64").call_gradients(layer.path, layer.args, layer.kwargs, seed)
+                right = candidate.adapter("float64").call_gradients(*candidate.arguments(layer), seed)
                 return _gradients(battery, place, left, right, strict=battery.case.adapt is None)
 
             checks += guarded(place, battery, compare)
@@ -49,7 +51,7 @@ def gradients(battery: Battery) -> list[Check]:
 
         def whole(regime: Regime = regime, place: Place = place) -> list[Check]:
             left = battery.reference_gradients(regime)
-            right = battery.candidate.adapter("float64").gradients(recording.inputs(regime), recording.states(regime), battery.case.seed)
+            right = candidate.adapter("float64").gradients(recording.inputs(regime), recording.states(regime), seed)
             found = _gradients(battery, place, left, right, strict=True)
             bound = battery.bounds.find("gradients", "", regime.name)
             apart = abs(left.loss - right.loss)

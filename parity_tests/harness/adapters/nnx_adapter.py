@@ -92,6 +92,7 @@ class NNXAdapter:
             self.random = {path: variable for path, variable in flat.items() if _random(variable)}
             self.variables = {".".join(map(str, path)): (path, variable) for path, variable in flat.items() if path not in self.random}
             self.weights = {name: variable.get_value() for name, (_, variable) in self.variables.items()}
+        self._leaves: dict[str, Leaf] = {}
         self._digests: dict[str, str] = {}
         self._subs: dict[str, tuple[Any, dict, dict]] = {}
 
@@ -110,14 +111,13 @@ class NNXAdapter:
 
     def leaves(self) -> dict[str, Leaf]:
         """Every variable but random-number states, whatever its kind; `nnx.Param` is what is trained."""
-        modules = modules_of(self.model)
-        found = {}
-        for name, (_, variable) in self.variables.items():
-            value = variable.get_value()
-            owner = modules.get(name.rpartition(".")[0])
-            found[name] = Leaf(name, tuple(jnp.shape(value)), str(jnp.asarray(value).dtype), isinstance(variable, nnx.Param),
-                               "Variable" if owner is None else _layer(owner))
-        return found
+        if not self._leaves:
+            modules = modules_of(self.model)
+            for name, (_, variable) in self.variables.items():
+                value, owner = variable.get_value(), modules.get(name.rpartition(".")[0])
+                self._leaves[name] = Leaf(name, tuple(np.shape(value)), str(value.dtype), isinstance(variable, nnx.Param),
+                                          "Variable" if owner is None else _layer(owner))
+        return dict(self._leaves)
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Set every leaf by value (never a view of the given memory). Raises ValueError for other names or shapes."""
@@ -229,6 +229,20 @@ class NNXAdapter:
                 losses.append(float(value))
             arrays = {name: _numpy(value) for name, value in {**parameters, **others}.items()}
         return Trained(np.asarray(losses), arrays)
+
+    def start(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Begin to compile what a call of `run`, `call`, `gradients` or `call_gradients` with these arguments will need.
+
+        An error is not raised here: the call itself meets it again, where it is reported.
+        """
+        if not self.case.jit:
+            return
+        self.programs.ahead = True
+        try:
+            with contextlib.suppress(Exception):
+                getattr(self, method)(*args, **kwargs)
+        finally:
+            self.programs.ahead = False
 
     def identity(self, path: str) -> tuple:
         """What the outputs of one layer depend on beside its arguments: equal identities mean equal results."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,22 +146,35 @@ def compiled(function: Callable, arguments: tuple, quick: bool) -> Callable:
     return jax.jit(function).lower(*arguments).compile(compiler_options=quick_options() if quick else None)
 
 
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="parity-compile")
+
+
+class Started(Exception):
+    """A program was only started on its way; there is no result yet."""
+
+
 @dataclass
 class Programs:
-    """Compiled programs by what they compute: a key, the signature of the arguments, and the side results of the trace."""
+    """Compiled programs by what they compute: a key, the signature of the arguments, and the side results of the trace.
 
-    held: dict[Any, tuple[Callable, dict]] = field(default_factory=dict)
+    While `ahead` is set, `run` traces the program, leaves the compiling to another thread, and raises Started.
+    """
+
+    held: dict[Any, tuple[Any, dict]] = field(default_factory=dict)
     count: int = 0
+    ahead: bool = False
 
     def run(self, key: Any, function: Callable, value: Any, jit: bool, quick: bool = False) -> Any:
         """`function(value)` for a tree of arrays and Python scalars, compiled on first use for this key and signature.
 
-        `quick` compiles with little optimisation: half the time, for programs that run once. Scalars, None and containers of the outputs
-        are fixed when it is traced; arrays are computed.
+        `quick` compiles with little optimisation: a third of the time, for programs that run once. Scalars, None and containers of the
+        outputs are fixed when it is traced; arrays are computed.
         """
         arrays, structure = tree.pack(value, is_array)
-        entry = (key, jit, quick, tree.signature(value), jax.config.jax_enable_x64) if key is not None else None
-        if entry is None or entry not in self.held:
+        entry = (key, jit, quick, tree.signature(value), jax.config.jax_enable_x64)
+        if entry not in self.held:
             side: dict = {}
 
             def program(given: list) -> list:
@@ -168,10 +182,17 @@ class Programs:
                 return made
 
             self.count += 1
-            made = (compiled(program, (arrays,), quick) if jit else program, side)
-            if entry is None:
-                return tree.unpack(made[0](arrays), side["structure"])
-            self.held[entry] = made
+            made: Any = program
+            if jit:
+                # tracing patches classes, so it stays in this thread; compiling needs neither them nor the interpreter
+                lowered = jax.jit(program).lower(arrays)
+                made = _compilers().submit(lowered.compile, compiler_options=quick_options() if quick else None)
+            self.held[entry] = (made, side)
+        if self.ahead:
+            raise Started
         program, side = self.held[entry]
+        if isinstance(program, Future):
+            program = program.result()
+            self.held[entry] = (program, side)
         result = program(arrays)
         return tree.unpack(result, side["structure"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -164,6 +165,7 @@ def test_weights_that_cannot_be_converted_end_the_run() -> None:
     result = run_case(replace(CASE, ties={}))
     assert not result.held and "tied but not declared: head.weight" in result.sentence
     assert {tier.skipped for tier in result.tiers[1:]} == {"the weights could not be converted"}
+    assert "tied but not declared" in run_case(replace(CASE, ties={}), tiers=["free"]).sentence
 
 
 def test_a_candidate_that_raises_is_a_failure_and_not_a_crash() -> None:
@@ -228,6 +230,18 @@ def test_half_precision_runs() -> None:
     result = run_case(case, tiers=["rounding"])
     assert result.held, result.sentence
     assert {check.dtype for check in result.checks} == {"bfloat16"}
+
+
+def test_the_first_divergence_is_one_sentence() -> None:
+    def other_epsilon() -> object:
+        model = toy.candidate()
+        model.blocks[1].norm.epsilon = 1e-3
+        return model
+
+    result = run_case(replace(CASE, candidate=other_epsilon, regimes=("as is",)), tiers=["forced", "free"])
+    assert re.fullmatch(r"parts at blocks\.1\.norm: relative L2 \S+ \(allowed 1e-12\) on an input that agrees to \d\S*e-1[5-7] "
+                        r"\[float64, forced, as is; rules? 2 meaning \(float64\).*\]", result.sentence), result.sentence
+    assert result.lint == ["blocks.1.norm: epsilon 0.001 in the candidate, 1e-05 in the reference (defaults: torch 1e-5, Flax 1e-6)"]
 
 
 def test_unknown_tiers_are_refused() -> None:

@@ -97,6 +97,13 @@ def test_what_does_not_compare_is_an_error(left: np.ndarray, right: np.ndarray, 
         measure(left, right)
 
 
+def test_the_worst_row_counts_zero_rows_as_a_whole_array_does() -> None:
+    rows = np.array([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]])
+    assert measure(rows, rows * np.array([[1.0], [1.0], [1.5]])).worst_cosine == pytest.approx(1.0, abs=1e-15)  # one rounding
+    assert measure(rows, rows + np.array([[1e-9, 0.0], [0.0, 0.0], [0.0, 0.0]])).worst_cosine == 0.0
+    assert measure(rows, rows * np.array([[1.0], [-1.0], [1.0]])).worst_cosine == pytest.approx(-1.0, abs=1e-15)
+
+
 def test_integers_are_counted() -> None:
     assert measure(np.array([1, 2, 3]), np.array([1, 5, 3])).mismatched == 1
 
