@@ -6,8 +6,8 @@
     def test_port(parity):              # ids port[case-forced], port[case-free], ...
         parity.check()
 
-The function may be a bare `...`: `check` is called after it. As a plugin (`pytest11` entry point, or `-p parity_tests.harness.plugin`) the
-module adds `--parity-json FILE`, one report of every case that ran. A case runs tier by tier as its tests do, over one recorded reference.
+The function may be a bare `...`: `check` is called after it. As a plugin (entry point `parity`, loaded by itself) the module
+adds `--parity-json FILE`, one report of every case that ran. A case runs tier by tier as its tests do, over one recorded reference.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def test_port(parity):
 
 def test_ids_failures_and_report(pytester: pytest.Pytester) -> None:
     path = pytester.makepyfile(test_port=TEST)
-    result = pytester.runpytest_inprocess("-v", "-p", "parity_tests.harness.plugin", "-p", "no:cacheprovider", "--parity-json=report.json", path)
+    result = pytester.runpytest_inprocess("-v", "-p", "no:cacheprovider", "--parity-json=report.json", path)
     outcomes = result.parseoutcomes()
     text = result.stdout.str()
     # free and rounding fail; the others of the bad case and all of the good one hold or do not apply; float64 sees 1e-6, so does float32
