@@ -35,7 +35,7 @@ class BackendConfig:
 
     name: str = "torch_compiled"
     dtype: str = "float32"
-    threads: int | None = None
+    threads: int | None = 1  # the default model's products are too small to share; larger ones set None
 
     def __post_init__(self) -> None:
         choice(self, "name", BACKENDS)
