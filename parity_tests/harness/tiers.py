@@ -32,15 +32,18 @@ def guarded(place: Place, battery: Battery, compute: Callable[[], list[Check]]) 
 
 
 def applicable(battery: Battery, tier: str, get: Callable[[Regime], Any]) -> Iterator[tuple[Regime, Any]]:
-    """Every regime with what `get` gives for it; those that do not apply are noted, once."""
+    """Every regime with what `get` gives for it; those that do not apply are noted, one line for a reason."""
+    left_out: dict[str, list[str]] = {}
     for regime in battery.recording.regimes:
         try:
             value = get(regime)
         except Skip as reason:
-            battery.note(f"{tier}, {regime.name}: not run, {reason}")
+            left_out.setdefault(str(reason), []).append(regime.name)
             continue
         battery.progress(f"{tier}: {regime.name}")
         yield regime, value
+    for reason, names in left_out.items():
+        battery.note(f"not run under {', '.join(names)}: {reason}")
 
 
 def conversion(battery: Battery) -> list[Check]:
@@ -110,6 +113,8 @@ def forced(battery: Battery) -> list[Check]:
     checks: list[Check] = []
     if battery.recording.kind == "callable" or battery.candidate.kind == "callable":
         raise Unsupported("a function has no layers; the free tier compares it as a whole")
+    if set(battery.order) <= {""}:
+        raise Unsupported("the model is a single layer, which the free tier compares on the same input")
     for layers in _all_forced(battery, battery.recording.regimes):
         battery.candidate.start_calls(layers, "float64")
     for regime, layers in applicable(battery, "forced", battery.recording.forced):

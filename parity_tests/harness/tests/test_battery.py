@@ -247,3 +247,15 @@ def test_the_first_divergence_is_one_sentence() -> None:
 def test_unknown_tiers_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown tier 'backward'"):
         run_case(line(), tiers=["backward"])
+
+
+def test_a_single_layer_is_compared_as_a_whole() -> None:
+    """A first case is often one layer: it has nothing below it to force, which is no failure, and reasons are said once."""
+    def inputs(seed: int) -> dict[str, np.ndarray]:
+        return {"x": np.random.default_rng(seed).normal(size=(3, 7))}
+
+    case = Case("linear", lambda: torch.nn.Linear(7, 5), lambda: nnx.Linear(7, 5, rngs=nnx.Rngs(0)), inputs)
+    result = run_case(case)
+    assert result.held, result.sentence
+    assert next(tier for tier in result.tiers if tier.name == "forced").skipped.startswith("the model is a single layer")
+    assert sum("inputs of the case take no length" in note for note in result.notes) == 1
