@@ -105,6 +105,11 @@ class Battery:
         with applied(self.policy, self.kinds):
             self.order = self.recording.order()
 
+    def release(self) -> None:
+        """Give back what the candidate compiled; results stay."""
+        if self.candidate is not None:
+            self.candidate.release()
+
     def tier(self, name: str) -> TierResult:
         """The result of one tier, run on first use. Raises KeyError for an unknown name."""
         if name not in self._tiers:

@@ -39,6 +39,12 @@ class Candidate:
             self.adapters[dtype].load(self.weights)
         return self.adapters[dtype]
 
+    def release(self) -> None:
+        """Give back what was compiled; whatever is called again is compiled again."""
+        if self.kind == "nnx":
+            for adapter in self.adapters.values():
+                adapter.release()
+
     def path(self, reference_path: str) -> str | None:
         """The candidate's path of a reference module; None when the candidate has no such module."""
         path = self.recording.rename(reference_path) if reference_path else ""

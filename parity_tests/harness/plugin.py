@@ -29,6 +29,8 @@ _batteries: dict[int, tuple[Case, Battery]] = {}
 def _battery(case: Case) -> Battery:
     # keyed by identity, with the case kept so that its id stays its own
     if id(case) not in _batteries:
+        for _, other in _batteries.values():
+            other.release()
         _batteries[id(case)] = (case, Battery(case))
     return _batteries[id(case)][1]
 

@@ -96,6 +96,10 @@ class NNXAdapter:
         self._digests: dict[str, str] = {}
         self._subs: dict[str, tuple[Any, dict, dict]] = {}
 
+    def release(self) -> None:
+        """Give the compiled programs back: each holds memory mappings, and Linux allows a process 65,530 of them."""
+        self.programs.held.clear()
+
     def twin(self, patches: Sequence[Patch], salt: Any = None) -> NNXAdapter:
         """The same model with patches in place, sharing compiled programs; `salt` keeps it from sharing any."""
         other = object.__new__(NNXAdapter)

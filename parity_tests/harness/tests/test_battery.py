@@ -259,3 +259,13 @@ def test_a_single_layer_is_compared_as_a_whole() -> None:
     assert result.held, result.sentence
     assert next(tier for tier in result.tiers if tier.name == "forced").skipped.startswith("the model is a single layer")
     assert sum("inputs of the case take no length" in note for note in result.notes) == 1
+
+
+def test_released_programs_are_given_back_and_made_again() -> None:
+    battery = Battery(CASE)
+    assert battery.tier("effects").held
+    adapters = battery.candidate.adapters.values()
+    assert any(adapter.programs.held for adapter in adapters)
+    battery.release()
+    assert not any(adapter.programs.held for adapter in adapters)
+    assert battery.tier("gradients").held
