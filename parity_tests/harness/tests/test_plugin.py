@@ -33,7 +33,8 @@ def test_ids_failures_and_report(pytester: pytest.Pytester) -> None:
     assert "bad, free: parts at the whole model: relative L2" in text
     assert sum(outcomes.get(key, 0) for key in ("passed", "failed", "skipped")) == 2 * len(TIERS)
     results = from_json((Path(pytester.path) / "report.json").read_text())
-    assert [(item.case, item.held) for item in results] == [("good", True), ("bad", False)]
+    own = [(item.case, item.held) for item in results if item.case in ("good", "bad")]  # other files may have run cases before
+    assert own == [("good", True), ("bad", False)]
 
 
 def test_a_test_of_nothing_is_refused() -> None:
