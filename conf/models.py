@@ -13,6 +13,7 @@ DT_CLAMPS = ("smooth", "hard")
 GATES = ("fixed", "learned")
 DECAYS = ("exp_exp", "direct")
 TIME_FIRSTS = ("bonus", "gain")
+TRANSFORMS = ("lam", "exact")
 
 
 def whole(config: Any, **least: int) -> None:
@@ -36,6 +37,12 @@ def between(config: Any, name: str, low: float, high: float, *, ends: str = "()"
     below = number and (value <= high if ends[1] == "]" else value < high)
     if not (above and below):
         raise ValueError(f"{name} must lie in {ends[0]}{low}, {high}{ends[1]}, found {value!r}")
+
+
+def divisible(config: Any, size: str, parts: str) -> None:
+    """Raise ValueError unless the field `size` is a multiple of the field `parts`."""
+    if getattr(config, size) % getattr(config, parts):
+        raise ValueError(f"{size} must be divisible by {parts}, found {size}={getattr(config, size)} and {parts}={getattr(config, parts)}")
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,7 @@ class GroundedMambaConfig:
         whole(self, vocab_size=1, dim=1, depth=1, ssm_dim=4, rwkv_heads=1)  # a LayerNorm over fewer than 4 values keeps nothing
         whole(self, memory_size=0, memory_every=1, memory_writes=1, retrieval_heads=1)
         for heads in ("rwkv_heads",) + ("retrieval_heads",) * (self.memory_size > 0):
-            if self.dim % getattr(self, heads):
-                raise ValueError(f"dim must be divisible by {heads}, found dim={self.dim} and {heads}={getattr(self, heads)}")
+            divisible(self, "dim", heads)
         if self.readout_norm and self.dim // self.rwkv_heads < 2:
             raise ValueError(f"readout_norm needs heads of at least 2 channels, found dim={self.dim} and rwkv_heads={self.rwkv_heads}")
         if len(self.dt_bias) not in (1, 2) or not all(map(math.isfinite, self.dt_bias)):
@@ -115,3 +121,67 @@ class GroundedMambaConfig:
             normalised_key=False, readout_norm=False, memory_size=0,
         )
         return cls(**{**variant, **sizes})
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig:
+    """DeltaNetLM: a causal language model on the plain delta rule.
+
+    Raises ValueError, naming the field, for sizes that cannot be built.
+    """
+
+    vocab_size: int = 10000
+    dim: int = 512
+    depth: int = 8
+    heads: int = 4
+    ffn_dim: int = 1408
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        whole(self, vocab_size=1, dim=1, depth=1, heads=1, ffn_dim=1, conv_kernel=1, chunk_size=1)
+        divisible(self, "dim", "heads")
+        between(self, "norm_eps", 0.0, math.inf)
+
+    @property
+    def head_dim(self) -> int:
+        """d, channels of one head."""
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class LamConfig:
+    """LAM: a sentence encoder, BERT with hierarchical DeltaNet in the place of self-attention; LAM-base by default.
+
+    `chunk_size` belongs to the weights: under `transform="lam"` it changes results. `gelu_repeats` is 2 in the public LAM and 1 in
+    BERT. Raises ValueError, naming the field, for sizes that cannot be built.
+    """
+
+    vocab_size: int = 30522
+    dim: int = 384
+    heads: int = 12
+    depth: int = 6
+    ffn_dim: int = 1536
+    max_positions: int = 512
+    max_length: int = 32768
+    chunk_size: int = 64
+    transform: str = "lam"
+    conv: str = "same"
+    gelu_repeats: int = 2
+    norm_eps: float = 1e-12
+    rms_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        whole(self, vocab_size=1, dim=1, heads=1, depth=1, ffn_dim=1, max_positions=2, max_length=1, chunk_size=1, gelu_repeats=1)
+        divisible(self, "dim", "heads")
+        choice(self, "transform", TRANSFORMS)
+        if self.conv != "same":
+            raise ValueError(f"conv of an encoder on the hierarchical rule must be 'same', found {self.conv!r}: its chunk means look ahead")
+        between(self, "norm_eps", 0.0, math.inf)
+        between(self, "rms_eps", 0.0, math.inf)
+
+    @property
+    def head_dim(self) -> int:
+        """d, channels of one head."""
+        return self.dim // self.heads

@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from conf.models import GroundedMambaConfig
-from cython_ext.sampling import sample_token
+from torch_impl.generate import generate
 from torch_impl.layers import IMPLS, RWKVGroundedMemory, StableStateSSM, linear
 from torch_impl.state import State, check_states, check_token_ids
 
@@ -119,14 +118,5 @@ class GroundedMamba(nn.Module):
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
     ) -> Tensor:
-        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens).
-
-        Streams: memory does not grow with the length. Sampling is NumPy's, so that every backend draws the same tokens.
-        """
-        rng = np.random.default_rng(seed)
-        tokens, states = [input_ids], None
-        for _ in range(max_new_tokens):
-            logits, states = self(tokens[-1], states)
-            drawn = sample_token(logits[:, -1].double().cpu().numpy(), temperature, top_k, rng)
-            tokens.append(torch.from_numpy(drawn).to(input_ids)[:, None])
-        return torch.cat(tokens, dim=1)
+        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens). See `torch_impl.generate`."""
+        return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)

@@ -41,3 +41,17 @@ def check_states(states: list[State], expected: list[dict[str, tuple[int, ...]]]
                 raise ValueError(f"states[{i}][{name!r}] must have dtype {dtype}, found {value.dtype}")
             if not torch.compiler.is_compiling() and torch.isnan(value).any():
                 raise ValueError(f"states[{i}][{name!r}] {shape} must be finite, found NaN")
+
+
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `mask` has `shape` (B, L) and every row is some valid tokens and then only padding."""
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids, {shape}, found {tuple(mask.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    valid = mask != 0
+    if not valid.any(1).all():
+        raise ValueError(f"attention_mask: row {int((~valid.any(1)).nonzero()[0])} has no valid token")
+    if (valid[:, 1:] & ~valid[:, :-1]).any():
+        row = int((valid[:, 1:] & ~valid[:, :-1]).any(1).nonzero()[0])
+        raise ValueError(f"attention_mask: row {row} has padding before a valid token; padding must be on the right, without holes")

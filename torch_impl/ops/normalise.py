@@ -1,4 +1,4 @@
-"""Layer normalisation over the last axis, as every norm of the project uses it.
+"""Layer and RMS normalisation over the last axis, as every norm of the project uses them.
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        var: biased, in two passes
 
@@ -23,3 +23,8 @@ def head_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x (B, L, H, P); weight, bias (H * P,). Returns (B, L, H * P), heads concatenated.
     """
     return torch.addcmul(bias, layer_norm(x, None, None, eps).flatten(-2), weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang and Sennrich, 2019). Shape is kept."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
