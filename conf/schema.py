@@ -10,15 +10,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.models import GroundedMambaConfig, between, choice, whole
+from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
-MODELS = {"grounded_mamba": GroundedMambaConfig}
+MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig}
 BACKENDS = ("torch", "torch_compiled", "jax")
 DTYPES = ("float32", "float64")
 PARTS = ("topics", "docstrings", "source")
 TOKENIZERS = ("bytes", "bpe")
 BYTE_VOCABULARY = 258  # 256 bytes, end of document, padding
-STATE_KINDS = ("ssm", "wkv")
+STATE_KINDS = {"grounded_mamba": ("ssm", "wkv"), "deltanet_lm": ("S",)}  # states whose norm a penalty can hold
 TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
 ARTIFACTS = ("none", "final", "all")
@@ -117,9 +117,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0.0, "state_weight", "state_norm", "smooth_weight")
-        unknown = sorted(set(self.state_penalty) - set(STATE_KINDS))
-        if unknown or len(set(self.state_penalty)) != len(self.state_penalty):
-            raise ValueError(f"state_penalty must name each of {', '.join(STATE_KINDS)} at most once, found {list(self.state_penalty)}")
+        kinds = [kind for each in STATE_KINDS.values() for kind in each]
+        if not set(self.state_penalty) <= set(kinds) or len(set(self.state_penalty)) != len(self.state_penalty):
+            raise ValueError(f"state_penalty must name each of {', '.join(kinds)} at most once, found {list(self.state_penalty)}")
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,11 @@ class TrainConfig:
         choice(self, "architecture", tuple(MODELS))
         choice(self, "resume", ("none", "auto"))
         whole(self, seed=0)
+        if not set(self.loss.state_penalty) <= set(STATE_KINDS[self.architecture]):
+            raise ValueError(
+                f"loss.state_penalty of {self.architecture} may name {', '.join(STATE_KINDS[self.architecture])}, "
+                f"found {list(self.loss.state_penalty)}"
+            )
         if self.model.vocab_size < self.data.vocab_size:
             raise ValueError(
                 f"model.vocab_size must be at least data.vocab_size, found model.vocab_size={self.model.vocab_size} "

@@ -67,7 +67,8 @@ def long_context_figure(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     panels = (
         ("perplexity", ("perplexity", "second_half_perplexity")), ("tokens per second", ("tokens_per_second",)),
-        ("SSM state", ("ssm_rms", "autocorrelation")), ("largest WKV entry", ("wkv_largest",)), ("peak memory, MB", ("peak_megabytes",)),
+        ("SSM state", ("ssm_rms", "autocorrelation")), ("largest entry of the matrix state", ("matrix_largest",)),
+        ("peak memory, MB", ("peak_megabytes",)),
     )
     for index, (title, names) in enumerate(panels):
         axes = figure.add_subplot(2, 3, index + 1)
@@ -94,12 +95,12 @@ def save(figure: Figure, path: Path) -> Path:
 def print_long_context(console: Console, rows: Sequence[Row]) -> None:
     """The table of `experiments.tasks.long_context`."""
     table = Table(title="Long context: held-out text streamed with carried states")
-    for name in ("tokens", "ppl", "ppl, 2nd half", "tokens/s", "SSM RMS", f"SSM corr. {LAG}", "max WKV", "peak MB"):
+    for name in ("tokens", "ppl", "ppl, 2nd half", "tokens/s", "SSM RMS", f"SSM corr. {LAG}", "max state", "peak MB"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             f"{row.tokens}", f"{row.perplexity:.3f}", f"{row.second_half_perplexity:.3f}", f"{row.tokens_per_second:.0f}", f"{row.ssm_rms:.3f}",
-            f"{row.autocorrelation:.4f}", f"{row.wkv_largest:.3g}", f"{row.peak_megabytes:.0f}",
+            f"{row.autocorrelation:.4f}", f"{row.matrix_largest:.3g}", f"{row.peak_megabytes:.0f}",
         )
     console.print(table)
 

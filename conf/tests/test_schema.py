@@ -41,6 +41,7 @@ from conf.models import GroundedMambaConfig
         (schema.TrainConfig, {"architecture": "transformer"}, "architecture must be one of"),
         (schema.TrainConfig, {"seed": -1}, "seed must be an integer of at least 0"),
         (schema.TrainConfig, {"resume": "maybe"}, "resume must be one of"),
+        (schema.TrainConfig, {"loss": schema.LossConfig(state_penalty=["S"])}, "loss.state_penalty of grounded_mamba may name ssm, wkv, found"),
         (schema.TrainConfig, {"model": GroundedMambaConfig(vocab_size=100)}, "model.vocab_size must be at least data.vocab_size"),
     ],
 )

@@ -31,7 +31,7 @@ class StepResult:
 
     losses: dict[str, float]
     gradient_norm: float
-    gate: np.ndarray  # (layers,)
+    gate: np.ndarray  # (layers,), empty for a model without one
     gradients: dict[str, np.ndarray] = field(default_factory=dict)  # torch names, before clipping
     states: list[dict[str, np.ndarray]] = field(default_factory=list)
     ssm_states: list[np.ndarray] = field(default_factory=list)  # (B, L, N) of every layer
@@ -65,17 +65,20 @@ class TrainStep(ABC):
             aux = self._aux(batch.ids[rows[-1]], self._rows(before, rows[-1]))  # the rows that the bank takes depend on their order
         norm = self._apply(rates)
         self.states = after if self._order is None else self._rows(after, np.argsort(self._order))
-        self._update_memory(aux)
+        if self._has_bank():
+            self._update_memory(aux)
         self.steps_done += 1
         losses = {name: float(np.mean([part[name] for part in parts])) for name in PARTS}
-        result = StepResult(losses, float(norm), np.asarray(self._numpy(aux["gate"]), dtype=np.float64), gradients)
+        result = StepResult(losses, float(norm), np.asarray(self._numpy(aux.get("gate", ())), dtype=np.float64), gradients)
         if details:
-            result.states, result.ssm_states = self._numpy(self.states), self._numpy(aux["ssm_states"])
+            result.states, result.ssm_states = self._numpy(self.states), self._numpy(aux.get("ssm_states", []))
         return result
 
+    def _has_bank(self) -> bool:
+        return bool(getattr(self.model.config, "memory_size", 0))
+
     def _memory_due(self) -> bool:
-        config = self.model.config
-        return bool(config.memory_size) and (self.steps_done + 1) % config.memory_every == 0
+        return self._has_bank() and (self.steps_done + 1) % self.model.config.memory_every == 0
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Parameters and buffers under torch's names."""

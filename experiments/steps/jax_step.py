@@ -78,7 +78,7 @@ class Functions:
         )
         self.gradient = jax.jit(self._gradient)
         self.update = jax.jit(self._update)
-        self.update_memory = jax.jit(function.update_memory)
+        self.update_memory = jax.jit(function.update_memory) if hasattr(function, "update_memory") else None
         self.evaluation = jax.jit(self._evaluation)
 
     def flat(self, params: Any) -> Flat:
@@ -142,7 +142,7 @@ class JaxStep(TrainStep):
 
     def observe(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States, dict[str, Any]]:
         nats, after, aux = self._evaluated(ids, labels, states)
-        return nats, after, {"states": self._numpy(after), "ssm_states": self._numpy(aux["ssm_states"])}
+        return nats, after, {"states": self._numpy(after), "ssm_states": self._numpy(aux.get("ssm_states", []))}
 
     def _evaluated(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States, dict[str, Any]]:
         states = self.zero_states(len(ids)) if states is None else states
@@ -201,9 +201,8 @@ class JaxStep(TrainStep):
         return {name: self._torch_layout(name, leaf) for name, leaf in (self._grads or {}).items()}
 
     def _update_memory(self, aux: dict[str, Any]) -> None:
-        if self.model.config.memory_size:
-            with self._precision():
-                self.model.variables = self._functions.update_memory(self.model.variables, aux)
+        with self._precision():
+            self.model.variables = self._functions.update_memory(self.model.variables, aux)
 
     def _aux(self, ids: np.ndarray, states: States) -> dict[str, Any]:
         return self._evaluated(ids, ids, states)[2]

@@ -67,7 +67,7 @@ class TorchStep(TrainStep):
     @torch.no_grad()
     def observe(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States, dict[str, Any]]:
         logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
-        return self._nats(logits, labels), states, {"states": self._numpy(states), "ssm_states": self._numpy(aux["ssm_states"])}
+        return self._nats(logits, labels), states, {"states": self._numpy(states), "ssm_states": self._numpy(aux.get("ssm_states", []))}
 
     @staticmethod
     def _nats(logits: Tensor, labels: np.ndarray) -> float:

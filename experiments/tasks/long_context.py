@@ -1,7 +1,8 @@
 """Long context: held-out text streamed through a trained model in chunks, its states handed on.
 
-For each length: perplexity, tokens per second, RMS and lag-256 autocorrelation of the SSM state, largest WKV entry, peak memory.
-A healthy model does not get worse with length, its SSM state keeps moving, and neither the WKV memory nor the process grows.
+For each length: perplexity, tokens per second, RMS and lag-256 autocorrelation of the SSM state, largest entry of the matrix state (WKV's,
+or the delta rule's), peak memory. A healthy model does not get worse with length, its SSM state keeps moving, and neither the matrix
+state nor the process grows.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from experiments.monitors.statistics import STATE_LAG
 from experiments.steps.base import TrainStep
 
 LAG = 4 * STATE_LAG
+MATRICES = ("wkv", "S")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One length. `autocorrelation` is the greatest over layers, NaN for a stream no longer than the lag; `wkv_largest` over all chunks."""
+    """One length. `autocorrelation` is the greatest over layers, NaN for a stream no longer than the lag; `matrix_largest` over all chunks.
+
+    `ssm_rms` and `autocorrelation` are NaN for a model without a selective state space.
+    """
 
     tokens: int
     perplexity: float
@@ -31,7 +36,7 @@ class Row:
     tokens_per_second: float
     ssm_rms: float
     autocorrelation: float
-    wkv_largest: float
+    matrix_largest: float
     peak_megabytes: float
 
     @classmethod
@@ -84,12 +89,18 @@ def measure(step: TrainStep, stream: np.ndarray, length: int, chunk: int) -> Row
         for running, trajectory in zip(products, seen["ssm_states"], strict=True):
             running.add(trajectory)
             squares, count = squares + float((trajectory.astype(np.float64) ** 2).sum()), count + trajectory.size
-        largest = max(largest, *(float(np.abs(state["wkv"]).max()) for state in seen["states"]))
+        largest = max(largest, *(float(np.abs(state[kind]).max()) for state in seen["states"] for kind in MATRICES if kind in state))
     seconds = time.perf_counter() - started
     second = length - min(-(-(length // 2) // chunk) * chunk, length)
     return Row(
-        length, math.exp(sum(halves) / length), math.exp(halves[1] / second) if second else math.nan, length / seconds, math.sqrt(squares / count),
-        max(running.value() for running in products), largest, peak_bytes() / 2**20,
+        tokens=length,
+        perplexity=math.exp(sum(halves) / length),
+        second_half_perplexity=math.exp(halves[1] / second) if second else math.nan,
+        tokens_per_second=length / seconds,
+        ssm_rms=math.sqrt(squares / count) if count else math.nan,
+        autocorrelation=max((running.value() for running in products), default=math.nan),
+        matrix_largest=largest,
+        peak_megabytes=peak_bytes() / 2**20,
     )
 
 

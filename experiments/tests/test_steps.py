@@ -74,6 +74,24 @@ def test_fifty_adamw_steps_agree_between_frameworks(gate: str) -> None:
     }
 
 
+def test_deltanet_trains_alike_in_both_frameworks() -> None:
+    """Parameters, moments, losses and carried states after fifty AdamW steps; its loss falls, and o_norm.gate, which is frozen, stays."""
+    settings = tiny.deltanet("torch")
+    arrays = awkward(settings)
+    torch_step, torch_losses = train(settings, 50, arrays)
+    jax_step, jax_losses = train(tiny.deltanet("jax"), 50, arrays)
+    # 1e-9 and 1e-8 as above
+    assert max(difference(jax_step.arrays(), torch_step.arrays()).values(), default=0.0) < 1e-9
+    assert max(difference(jax_step.optimiser_arrays(), torch_step.optimiser_arrays()).values(), default=0.0) < 1e-8
+    assert max(difference(jax_step.carried(), torch_step.carried()).values(), default=0.0) < 1e-9
+    for found, expected in zip(jax_losses, torch_losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-9)
+    assert torch_losses[-1]["cross_entropy"] < torch_losses[0]["cross_entropy"] - 1
+    moved = difference(torch_step.arrays(), arrays).keys()
+    assert moved == {name for name in arrays if not name.endswith("o_norm.gate")}
+    assert {group_of(name) for name in arrays} == {"norm", "other"}
+
+
 def test_compiled_backend_trains_as_the_reference() -> None:
     settings = tiny.config("torch")
     reference, _ = train(settings, 12)

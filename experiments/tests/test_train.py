@@ -21,16 +21,17 @@ def smoke(text: Path, *overrides: str) -> TrainConfig:
     return cli.validate(cli.composed([*base, *overrides]))
 
 
-SMALL = [
-    "model.dim=12", "model.depth=1", "model.ssm_dim=5", "model.rwkv_heads=3", "training.steps=3", "training.batch_size=3", "training.context=17",
-    "evaluation.tokens=210", "evaluation.final_tokens=310", "evaluation.batch_size=3", "evaluation.sample_tokens=3", "evaluation.lengths=[40]",
-    "evaluation.chunk=30",
+SHORT = [
+    "model.dim=12", "model.depth=1", "training.steps=3", "training.batch_size=3", "training.context=17", "evaluation.tokens=210",
+    "evaluation.final_tokens=310", "evaluation.batch_size=3", "evaluation.sample_tokens=3", "evaluation.lengths=[40]", "evaluation.chunk=30",
 ]
+MAMBA = ["model.ssm_dim=5", "model.rwkv_heads=3"]
+BANK = [*MAMBA, "model.memory_size=7", "model.memory_writes=3", "model.retrieval_heads=2"]
 
 
 @pytest.mark.parametrize("name", GROUPS["experiment"])
 def test_every_experiment_runs_three_steps(name: str, text: Path, tmp_path: Path) -> None:
-    sizes = SMALL + ([] if name == "groundthink" else ["model.memory_size=7", "model.memory_writes=3", "model.retrieval_heads=2"])
+    sizes = SHORT + {"groundthink": MAMBA, "deltanet_lm": ["model.heads=3", "model.ffn_dim=11"]}.get(name, BANK)
     overrides = [f"experiment={name}", f"data.path={text}", "data.validation_fraction=0.3", "tracker=none", *sizes]
     summary = train.run(cli.validate(cli.composed(overrides)), tmp_path)
     assert summary["steps"] == 3 and 5 < summary["validation_bits_per_byte"] < 9  # log2(258) is 8.01 for a model that knows nothing

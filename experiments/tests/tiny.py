@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.models import GroundedMambaConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig
 from conf.schema import BackendConfig, DataConfig, LossConfig, OptimiserConfig, TrainConfig, TrainingConfig
 from experiments.data.batches import Stream
 
@@ -25,6 +25,13 @@ def config(backend: str = "torch", dtype: str = "float64", **sections: Any) -> T
         loss=LossConfig(state_penalty=["ssm", "wkv"], state_weight=0.3, state_norm=2.0, smooth_weight=0.07),
     )
     return replace(base, **sections)
+
+
+def deltanet(backend: str = "torch", dtype: str = "float64") -> TrainConfig:
+    """DeltaNetLM of a few thousand parameters, with a penalty on its state; chunks of 7 in contexts of 11."""
+    model = DeltaNetConfig(vocab_size=VOCABULARY, dim=15, depth=2, heads=3, ffn_dim=13, chunk_size=7)
+    loss = LossConfig(state_penalty=["S"], state_weight=0.3, state_norm=0.7, smooth_weight=0.07)
+    return config(backend, dtype, architecture="deltanet_lm", model=model, loss=loss)
 
 
 def stream(settings: TrainConfig, documents: int = 9) -> Stream:
