@@ -205,6 +205,7 @@ class NNXAdapter:
             parameters, others = split
 
             def loss(parameters: dict, others: dict, given: dict) -> Any:
+                given = {name: given[name] for name in batches[0]}  # jit sorts a dict by its keys, and inputs go by position
                 model = self._merged({**parameters, **others})
                 with instrumented(model, [(patch.path, patch) for patch in self.patches], None):
                     outputs = trajectory.call[self.position](model, given) if trajectory.call else self._invoke(model, given, None)

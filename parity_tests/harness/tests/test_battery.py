@@ -269,3 +269,22 @@ def test_released_programs_are_given_back_and_made_again() -> None:
     battery.release()
     assert not any(adapter.programs.held for adapter in adapters)
     assert battery.tier("gradients").held
+
+
+def test_inputs_go_by_their_place_and_not_by_their_name() -> None:
+    """`jit` sorts the keys of a dict: in training the second input of this pair once arrived as the first."""
+
+    class Reference(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * a
+
+    class Candidate(nnx.Linear):
+        def __call__(self, x: jax.Array, a: jax.Array) -> jax.Array:
+            return super().__call__(x) * a
+
+    def inputs(seed: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return {"x": rng.normal(size=(3, 7)), "a": rng.normal(size=(3, 7))}
+
+    case = Case("order", lambda: Reference(7, 7), lambda: Candidate(7, 7, rngs=nnx.Rngs(0)), inputs, regimes=("as is",))
+    assert run_case(case, tiers=("optimiser",)).held
