@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-KERNELS = ["selective_scan"]
+KERNELS = ["selective_scan", "delta_rule"]
 DEBUG = os.environ.get("CYTHON_DEBUG", "0") not in ("", "0")
 
 # Strict arithmetic: no -ffast-math (NaN must stay NaN), no -march=native (a wheel runs elsewhere; clones.pxd adds AVX2 and AVX-512),
@@ -68,7 +68,7 @@ setup(
         Extension(
             f"cython_ext.{name}",
             [f"cython_ext/{name}.pyx"],
-            depends=["cython_ext/clones.pxd"],
+            depends=["cython_ext/algebra.pxd", "cython_ext/clones.pxd"],
             extra_compile_args=DEBUG_FLAGS if DEBUG else RELEASE_FLAGS,
             extra_link_args=["-fopenmp"],
         )

@@ -2,15 +2,16 @@
 
 One class per compiled module, of the module's name and never instantiated: three modules have a `forward`, and the classes let each
 keep its own name, so that `reference.selective_scan.forward` stands wherever `cython_ext.selective_scan.forward` does. Names, signatures,
-docstrings and errors are those of the kernels. Letters: B batch, L length, N state.
+docstrings and errors are those of the kernels. Letters: B batch, L length, N state; of the delta rule H heads, d head width, C chunk.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy import ndarray
+from scipy.linalg import solve_triangular
 
-from cython_ext.checks import scan_arguments
+from cython_ext.checks import hierarchical_arguments, scan_arguments
 
 
 def _standardise(h: ndarray, a: ndarray, b: ndarray, u: ndarray, transition: ndarray, eps: float) -> tuple[ndarray, ndarray, ndarray]:
@@ -76,3 +77,87 @@ class selective_scan:
             carry = pull + scaled @ transition
         shared = [total.astype(update.dtype) for total in (grad_transition, grad_weight, grad_bias)]
         return (grad_update, grad_dt_a, None if dt_b is None else grad_dt_b, *shared, None if initial_state is None else carry)
+
+
+def _unit(x: ndarray) -> ndarray:
+    return x / np.maximum(np.sqrt((x * x).sum(axis=-1, keepdims=True)), x.dtype.type(1e-12))
+
+
+def _normalised(state: ndarray) -> ndarray:
+    return state / (np.sqrt((state * state).sum()) + state.dtype.type(1e-8))
+
+
+def _flux(x: ndarray, mlp: list[ndarray]) -> ndarray:
+    """clamp(sigmoid(MLP(x)), 0.01, 0.99) of x (i,) or (n, i): () or (n,)."""
+    w0, b0, w2, b2 = mlp
+    with np.errstate(over="ignore"):  # exp(-x) may be infinite, and 1 / (1 + inf) is the 0 that it should be
+        hidden = x @ w0.T + b0
+        hidden = hidden / (1 + np.exp(-hidden))
+        return np.clip(1 / (1 + np.exp(-(hidden @ w2[0] + b2[0]))), 0.01, 0.99).astype(x.dtype)
+
+
+def _transformed(k: ndarray, k_b: ndarray, v: ndarray, transform: str) -> tuple[ndarray, ndarray]:
+    """U and W (C, d) of one chunk of one head."""
+    identity = np.eye(len(k), dtype=k.dtype)
+    n = -np.tril(k_b @ k.T, -1)
+    if transform == "exact":
+        u, w = (solve_triangular(identity - n, x, lower=True, unit_diagonal=True, check_finite=False) for x in (v, k_b))
+        return u, w
+    t = identity + n + np.tril(n @ n.T, -1)
+    return t @ v, t @ k_b
+
+
+class delta_rule:
+    """Twin of `cython_ext.delta_rule`; the equations stand there."""
+
+    @staticmethod
+    def hierarchical_forward(
+        q, k, v, beta, fast_decay, slow_decay, fast_gate, slow_gate, token_mlp, chunk_mlp, bilinear, temp, mask=None, initial_state=None,
+        chunk_size=64, transform="lam",
+    ):
+        """The hierarchical delta rule: a fast and a slow memory, decayed, read, written, mixed and normalised once per chunk.
+
+        q, k, v (B, H, L, d), not yet normalised; beta, decays and gates (B, H, L) in (0, 1); token_mlp: weights (m, 2d), (m,), (1, m), (1,);
+        chunk_mlp the same with 2d + 1 inputs; bilinear (H, d, d); temp (H,); mask (B, L), true for valid tokens, padding on the right, or None;
+        initial_state (S_fast, S_slow), each (B, H, d, d), or None for zeros; chunk_size tokens in a chunk; transform "lam" or "exact".
+        All float32 or all float64, the mask bool; arrays that are read-only or not contiguous are accepted, the latter copied.
+        Returns o (B, H, L, d), zero at padded positions, and the last states (S_fast, S_slow), all new arrays.
+        Raises TypeError for another type or dtype, ValueError for another shape, an empty axis, a mask with a hole or an empty row, a
+        chunk_size below 1 or an unknown transform, by name.
+        """
+        named = {
+            "q": q, "k": k, "v": v, "beta": beta, "fast_decay": fast_decay, "slow_decay": slow_decay, "fast_gate": fast_gate,
+            "slow_gate": slow_gate,
+        }
+        arrays, token_mlp, chunk_mlp, bilinear, temp, lengths, initial_state, size = hierarchical_arguments(
+            named, token_mlp, chunk_mlp, bilinear, temp, mask, initial_state, chunk_size, transform)
+        heads, dtype = range(q.shape[1]), q.dtype.type
+        o = np.zeros(q.shape, q.dtype)
+        if initial_state is None:
+            fast, slow = np.zeros((2, *q.shape[:2], q.shape[3], q.shape[3]), q.dtype)
+        else:
+            fast, slow = (state.copy() for state in initial_state)
+        for b, length in enumerate(lengths):
+            for start in range(0, length, size):
+                chunk = slice(start, min(start + size, length))
+                inside = []
+                for h in heads:
+                    q, k, v, beta, fast_decay, slow_decay, fast_gate, slow_gate = (x[b, h, chunk] for x in arrays)
+                    q, k = _unit(q), _unit(k)
+                    v, k_b = beta[:, None] * v, beta[:, None] * k
+                    alpha = dtype(0.5) + dtype(0.3) * _flux(np.concatenate([k_b, v], axis=1), token_mlp)[:, None]
+                    u, w = _transformed(k, k_b, v, transform)
+                    s = ((k @ bilinear[h]) * u).sum(axis=1) / temp[h]
+                    psi = _flux(np.concatenate([k.mean(axis=0), u.mean(axis=0), s.mean(keepdims=True)]), chunk_mlp)
+                    inside.append((q, k, u, w, alpha, psi, fast_decay.mean(), slow_decay.mean(), fast_gate[:, None], slow_gate[:, None]))
+                mix = dtype(0.05) + dtype(0.1) * np.mean([part[5] for part in inside], dtype=dtype)
+                for h, (q, k, u, w, alpha, psi, fast_decay, slow_decay, fast_gate, slow_gate) in enumerate(inside):
+                    s_fast, s_slow = fast_decay * (1 - dtype(0.10) * psi) * fast[b, h], slow_decay * (1 - dtype(0.05) * psi) * slow[b, h]
+                    r_fast, r_slow = _normalised(s_fast), _normalised(s_slow)
+                    u_fast, u_slow = u - w @ r_fast, u - w @ r_slow
+                    scores = np.tril(q @ k.T)
+                    o[b, h, chunk] = alpha * fast_gate * (q @ r_fast + scores @ u_fast) + (1 - alpha) * slow_gate * (q @ r_slow + scores @ u_slow)
+                    s_fast, s_slow = s_fast + k.T @ u_fast, s_slow + k.T @ u_slow
+                    fast[b, h] = _normalised(s_fast + mix * psi * s_slow)
+                    slow[b, h] = _normalised(s_slow + mix * (1 - psi) * s_fast)
+        return o, (fast, slow)

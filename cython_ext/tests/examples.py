@@ -1,4 +1,4 @@
-"""Inputs that the tests of the kernels share. Letters: B batch, L length, N state."""
+"""Inputs that the tests of the kernels share. Letters: B batch, L length, N state; of the delta rule H heads, d head width, C chunk."""
 
 from __future__ import annotations
 
@@ -57,3 +57,55 @@ def differences(found, expected, inputs):
         terms = (np.abs(expected[1]) * np.abs(inputs["update"])).sum(-1) / inputs["dt_b"]
         distances["dt_b"] *= np.linalg.norm(expected[3]) / np.linalg.norm(terms)
     return distances
+
+
+# (B, H, L, d, C): single tokens, chunks one token short, full and one token over, many small chunks, a chunk above L, one head, one channel,
+# and the d = 32, C = 64 of LAM; past the second chunk decays and the flux of chunks reach an output.
+DELTA_SHAPES = [
+    (1, 1, 1, 5, 64), (3, 2, 3, 6, 7), (2, 3, 63, 5, 64), (1, 2, 64, 7, 64), (2, 3, 65, 5, 64), (3, 2, 100, 6, 16), (1, 3, 130, 33, 64),
+    (2, 3, 257, 5, 7), (3, 1, 257, 32, 64), (1, 2, 40, 1, 16), (2, 1, 19, 9, 1), (1, 2, 100, 5, 10**9),
+]
+
+
+def lengths_of(batch, length):
+    """Valid tokens of every row of a batch: all, then fewer and fewer, down to rows whose last chunks are empty."""
+    return [max(1, length // (1 + 2 * row)) for row in range(batch)]
+
+
+def delta_arguments(shape, dtype="float64", initial_state=True, masked=True, seed=0):
+    """The arguments of `delta_rule.hierarchical_forward` but the transform, by name: random, fluxes away from their clamps, decays and
+    gates anywhere in (0, 1)."""
+    batch, heads, length, d, chunk = shape
+    hidden = max(d // 2, 1)
+    rng = np.random.default_rng([seed, *shape])
+
+    def cast(*arrays):
+        return tuple(array.astype(dtype) for array in arrays)
+
+    def flux(inputs):
+        w0, b0 = rng.normal(size=(hidden, inputs)) / np.sqrt(inputs), rng.normal(0.0, 0.3, hidden)
+        return cast(w0, b0, rng.normal(size=(1, hidden)), rng.normal(size=1))
+
+    drawn = dict(zip("qkv", cast(*rng.normal(size=(3, batch, heads, length, d))), strict=True))
+    for name in ("beta", "fast_decay", "slow_decay", "fast_gate", "slow_gate"):
+        drawn[name], = cast(rng.uniform(0.05, 0.95, (batch, heads, length)))
+    return {
+        **drawn,
+        "token_mlp": flux(2 * d),
+        "chunk_mlp": flux(2 * d + 1),
+        "bilinear": cast(rng.normal(size=(heads, d, d)))[0],
+        "temp": cast(rng.uniform(1.0, 3.0, heads))[0],
+        "mask": np.arange(length) < np.array(lengths_of(batch, length))[:, None] if masked else None,
+        "initial_state": cast(*rng.normal(size=(2, batch, heads, d, d)) / d) if initial_state else None,
+        "chunk_size": chunk,
+    }
+
+
+def converted(function, arguments):
+    """`arguments`, a dict as of `delta_arguments`, with `function` applied to every array, those in tuples too."""
+    def convert(value):
+        if isinstance(value, tuple):
+            return tuple(map(convert, value))
+        return function(value) if isinstance(value, np.ndarray) else value
+
+    return {name: convert(value) for name, value in arguments.items()}

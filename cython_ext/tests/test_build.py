@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import cython_ext
-from cython_ext.tests.examples import SHAPES, arguments, cotangent
+from cython_ext.tests.examples import DELTA_SHAPES, SHAPES, arguments, cotangent, delta_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [shape for shape in SHAPES if shape[1] * shape[2] < 4000]
+SMALL_DELTA = [shape for shape in DELTA_SHAPES if shape[2] * shape[3] < 4000]
 
 # Runs the copy of the package found on the path over every small example; an error of a check inside a loop cannot be raised there, only
 # be reported, so the hook for reports ends the process.
 RUN = """
-import os, sys
-import numpy as np
+import os, pickle, sys
+from pathlib import Path
 
 def stop(report):
     print("inside a kernel:", repr(report.exc_value), file=sys.stderr, flush=True)
@@ -29,14 +30,16 @@ def stop(report):
 
 sys.unraisablehook = stop
 import cython_ext
-given = dict(np.load(sys.argv[1]))
-results = {"origin": np.array(cython_ext.selective_scan.__file__)}
-for case in sorted({name.split(".")[0] for name in given}):
-    arrays = [given.get(f"{case}.{i}") for i in range(8)]
-    states = cython_ext.selective_scan.forward(*arrays[1:], 1e-5)
-    outputs = [states, *cython_ext.selective_scan.backward(*arrays, states, 1e-5)]
-    results.update({f"{case}.{i}": output for i, output in enumerate(outputs) if output is not None})
-np.savez(sys.argv[2], **results)
+scan, delta = cython_ext.selective_scan, cython_ext.delta_rule
+results = {}
+for case, given in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
+    if isinstance(given, list):
+        states = scan.forward(*given[1:], 1e-5)
+        results[case] = [states, *scan.backward(*given, states, 1e-5)]
+    else:
+        o, states = delta.hierarchical_forward(**given)
+        results[case] = [o, *states]
+Path(sys.argv[2]).write_bytes(pickle.dumps(([scan.__file__, delta.__file__], results)))
 """
 
 
@@ -52,21 +55,26 @@ def test_debug_build_trips_no_check_and_gives_the_bits_of_the_release(tmp_path):
     for source in Path(cython_ext.__file__).parent.glob("*.py"):
         shutil.copy(source, tmp_path / "lib" / "cython_ext")
     given = {}
-    for case, shape in enumerate(SMALL):
-        for dtype in ("float32", "float64"):
-            arrays = [cotangent(shape, dtype), *arguments(shape, dtype, dt_b=case % 2 == 0, initial_state=case % 3 > 0).values()]
-            given.update({f"{case}-{dtype}.{i}": array for i, array in enumerate(arrays) if array is not None})
-    np.savez(tmp_path / "given.npz", **given)
-    done = {}
+    for dtype in ("float32", "float64"):
+        for case, shape in enumerate(SMALL):
+            arrays = arguments(shape, dtype, dt_b=case % 2 == 0, initial_state=case % 3 > 0)
+            given[f"scan {shape} {dtype}"] = [cotangent(shape, dtype), *arrays.values()]
+        for case, shape in enumerate(SMALL_DELTA):
+            for transform in ("lam", "exact"):
+                given[f"delta {shape} {dtype} {transform}"] = {**delta_arguments(shape, dtype, case % 2 == 0), "transform": transform}
+    (tmp_path / "given").write_bytes(pickle.dumps(given))
+    done, files = {}, {}
     for name, path in (("debug", tmp_path / "lib"), ("release", Path(cython_ext.__file__).parents[1])):
         ran = subprocess.run(
-            [sys.executable, "-c", RUN, str(tmp_path / "given.npz"), str(tmp_path / f"{name}.npz")],
-            cwd=path, capture_output=True, text=True, timeout=300)
+            [sys.executable, "-c", RUN, str(tmp_path / "given"), str(tmp_path / name)], cwd=path, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
-        done[name] = dict(np.load(tmp_path / f"{name}.npz"))
-    assert str(done["debug"].pop("origin")).startswith(str(tmp_path)) and not str(done["release"].pop("origin")).startswith(str(tmp_path))
-    assert done["debug"].keys() == done["release"].keys() and len(done["debug"]) >= 6 * 2 * len(SMALL)  # six outputs at least per example
-    differ = [name for name, array in done["debug"].items() if array.tobytes() != done["release"][name].tobytes()]
+        files[name], done[name] = pickle.loads((tmp_path / name).read_bytes())
+    assert [[Path(file).is_relative_to(tmp_path) for file in files[name]] for name in ("debug", "release")] == [[True, True], [False, False]]
+    assert done["debug"].keys() == done["release"].keys() == given.keys()
+    differ = [
+        case for case, outputs in done["debug"].items() for a, b in zip(outputs, done["release"][case], strict=True)
+        if (a is None) != (b is None) or (a is not None and a.tobytes() != b.tobytes())
+    ]
     assert not differ
 
 

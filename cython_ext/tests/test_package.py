@@ -1,4 +1,4 @@
-"""The package without its compiled modules, and the number of threads."""
+"""The package without its compiled modules, and the number of threads, BLAS's too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import scipy.linalg.blas  # noqa: F401  (a BLAS to set the threads of)
+from threadpoolctl import ThreadpoolController
 
 import cython_ext
-from cython_ext.threads import SERIAL_WORK, threads_for
+from cython_ext.threads import SERIAL_WORK, one_blas_thread, threads_for
 
 PACKAGE = Path(cython_ext.__file__).parent
 
@@ -66,7 +68,7 @@ def test_a_broken_extension_is_not_taken_for_an_absent_one(tmp_path):
 
 def test_an_unknown_kernel_is_refused():
     for function in (cython_ext.kernel, cython_ext.is_built):
-        with pytest.raises(ValueError, match="kernel must be one of 'selective_scan', found 'scan'"):
+        with pytest.raises(ValueError, match="kernel must be one of 'selective_scan', 'delta_rule', found 'scan'"):
             function("scan")
 
 
@@ -110,3 +112,34 @@ def test_small_work_and_single_rows_wake_no_threads(threads):
     assert threads_for(1, SERIAL_WORK) == 1
     assert threads_for(3, SERIAL_WORK) == 3
     assert threads_for(9, SERIAL_WORK) == 4
+
+
+@pytest.fixture
+def blas():
+    """The threads of every BLAS, as a function, when each has two: the way back from one must be seen on a machine of one core too."""
+    controller = ThreadpoolController().select(user_api="blas")
+    with controller.limit(limits=2):
+        yield lambda: {library["num_threads"] for library in controller.info()}
+
+
+def test_blas_keeps_to_one_thread_and_gets_its_own_back(blas):
+    assert blas() == {2}
+    with one_blas_thread():
+        assert blas() == {1}
+        with one_blas_thread():
+            assert blas() == {1}
+        assert blas() == {1}
+    assert blas() == {2}
+    with pytest.raises(KeyError), one_blas_thread():
+        raise KeyError
+    assert blas() == {2}
+
+
+def test_the_last_of_overlapping_callers_restores_the_threads_of_blas(blas):
+    first, second = one_blas_thread(), one_blas_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert blas() == {1}
+    second.__exit__(None, None, None)
+    assert blas() == {2}

@@ -2,12 +2,14 @@
 
 The environment variable GROUNDWAVE_KERNELS, read at every call (under torch.compile: when the call is traced), says what runs:
 
-    auto        the kernel where it can, else the recurrent torch form: on any device but the CPU, for dtypes other than float32 and
-                float64 or mixed ones, for N above 256, or, with a warning, when the extension is not built. The default
+    auto        the kernel where it can, else the torch form: on any device but the CPU, for dtypes other than float32 and float64 or
+                mixed ones, for N above 256, or, with a warning, when the extension is not built. The default
     compiled    the kernel, or a RuntimeError that says why it cannot
-    torch       the recurrent torch form
+    torch       the torch form: recurrent for the selective scan, chunked for the delta rule
 
-Gradients are first-order: differentiating them again raises NotImplementedError. Letters: B batch, L length, N state.
+Gradients are first-order: differentiating them again raises NotImplementedError. The hierarchical delta rule is forward only: where a
+gradient is wanted or a transform of torch.func is at work, it counts among the kernels that cannot.
+Letters: B batch, L length, N state; of the delta rule H heads, d head width, m hidden width of a flux.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +26,13 @@ from torch import Tensor
 
 import cython_ext
 from cython_ext.checks import MAX_STATE
+from torch_impl.ops import delta_rule as delta_torch_form
 from torch_impl.ops import selective_scan as torch_form
 
 MODES = ("auto", "compiled", "torch")
 DTYPES = (torch.float32, torch.float64)
+MLP = tuple[Tensor, Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 _calls: Counter[str] = Counter()
 _lock = threading.Lock()  # autograd runs backward kernels in threads of its own
@@ -66,10 +71,38 @@ def selective_scan(
     _shape("bias", bias, "N", N)
     _shape("initial_state", initial_state, "B, N", B, N)
     arguments = (update, dt_a, dt_b, transition, weight, bias, initial_state)
-    if _runs_compiled("selective_scan", N, [tensor for tensor in arguments if tensor is not None]):
+    limit = f"needs N of at most {MAX_STATE}, found {N}" if N > MAX_STATE else None
+    if _runs_compiled("selective_scan", [tensor for tensor in arguments if tensor is not None], limit):
         states = _scan(*arguments, eps)
         return states, states[:, -1].clone()
     return torch_form.selective_scan(*arguments, eps=eps, impl="recurrent")
+
+
+def hierarchical_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, fast_decay: Tensor, slow_decay: Tensor, fast_gate: Tensor, slow_gate: Tensor,
+    token_mlp: MLP, chunk_mlp: MLP, bilinear: Tensor, temp: Tensor, mask: Tensor | None = None, initial_state: Pair | None = None, *,
+    chunk_size: int = 64, transform: str = "lam",
+) -> tuple[Tensor, Pair]:
+    """The rule of `torch_impl.ops.delta_rule`, forward only, by the compiled kernel where GROUNDWAVE_KERNELS allows it.
+
+    q, k, v (B, H, L, d), not yet normalised; beta, decays and gates (B, H, L) in (0, 1); token_mlp: weights (m, 2d), (m,), (1, m), (1,);
+    chunk_mlp the same with 2d + 1 inputs; bilinear (H, d, d); temp (H,); mask (B, L) bool, true for valid tokens, padding on the right;
+    initial_state (S_fast, S_slow), each (B, H, d, d). Returns o (B, H, L, d), zero at padded positions, and the last states.
+    Raises ValueError and TypeError as the kernel or the torch form does, ValueError for an unknown GROUNDWAVE_KERNELS; RuntimeError
+    when it says "compiled" and the kernel cannot run, as where an argument requires a gradient.
+    """
+    arguments = (q, k, v, beta, fast_decay, slow_decay, fast_gate, slow_gate, token_mlp, chunk_mlp, bilinear, temp)
+    states = [] if initial_state is None else list(initial_state)
+    tensors = [*arguments[:8], *token_mlp, *chunk_mlp, bilinear, temp, *states]
+    limit = None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        limit = "has no gradient and an argument requires one: call it under torch.no_grad(), or the torch form"
+    elif torch._C._are_functorch_transforms_active():
+        limit = "has no rule for the transforms of torch.func"
+    if _runs_compiled("delta_rule", tensors, limit, [] if mask is None else [mask]):
+        o, fast, slow = _hierarchical_delta_rule(*arguments, mask, states, chunk_size, transform)
+        return o, (fast, slow)
+    return delta_torch_form.hierarchical_delta_rule(*arguments, mask, initial_state, chunk_size=chunk_size, transform=transform, impl="chunked")
 
 
 def _shape(name: str, tensor: Tensor | None, letters: str, *sizes: int) -> None:
@@ -77,22 +110,25 @@ def _shape(name: str, tensor: Tensor | None, letters: str, *sizes: int) -> None:
         raise ValueError(f"{name} must have shape ({letters}) = {tuple(sizes)}, found {tuple(tensor.shape)}")
 
 
-def _runs_compiled(kernel: str, state_size: int, tensors: list[Tensor]) -> bool:
-    """Whether the compiled `kernel` is to run on these tensors. Raises ValueError for an unknown mode, RuntimeError when "compiled" cannot."""
+def _runs_compiled(kernel: str, tensors: list[Tensor], limit: str | None, masks: Sequence[Tensor] = ()) -> bool:
+    """Whether the compiled `kernel` is to run on these tensors and on `masks`, which may have a dtype of their own.
+
+    `limit` says what else keeps it from it. Raises ValueError for an unknown mode, RuntimeError when "compiled" cannot.
+    """
     mode = os.environ.get("GROUNDWAVE_KERNELS") or "auto"
     if mode not in MODES:
         raise ValueError(f"GROUNDWAVE_KERNELS must be one of {', '.join(MODES)}, found {mode!r}")
     if mode == "torch":
         return False
-    devices = sorted({tensor.device.type for tensor in tensors})
+    devices = sorted({tensor.device.type for tensor in [*tensors, *masks]})
     dtypes = sorted({str(tensor.dtype) for tensor in tensors})
     problem = None
     if devices != ["cpu"]:
         problem = f"needs tensors on the CPU, found {' and '.join(devices)}"
     elif len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
         problem = f"needs tensors all float32 or all float64, found {' and '.join(dtypes)}"
-    elif state_size > MAX_STATE:
-        problem = f"needs N of at most {MAX_STATE}, found {state_size}"
+    elif limit is not None:
+        problem = limit
     elif not _is_built(kernel, mode):
         problem = "is not built: run `pip install -e .` in the root of the repository"
     if problem is not None and mode == "compiled":
@@ -111,10 +147,16 @@ def _is_built(kernel: str, mode: str) -> bool:
 
 def _run(module: str, function: str, name: str, *arguments: Any) -> Any:
     """Call `cython_ext.<module>.<function>` on NumPy views of the tensors among `arguments`, and count the call under `name`."""
-    result = getattr(cython_ext.kernel(module), function)(*(a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments))
+    result = getattr(cython_ext.kernel(module), function)(*map(_array, arguments))
     with _lock:
         _calls[name] += 1
     return result
+
+
+def _array(argument: Any) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_array, argument))
+    return argument.detach().numpy() if isinstance(argument, Tensor) else argument
 
 
 def _differentiable(op: Any, differentiate: Callable[..., Any], save: Callable[..., None]) -> Callable[..., Any]:
@@ -198,3 +240,26 @@ def _refuse(ctx: Any, *gradients: Tensor) -> None:
 
 _scan = _differentiable(_selective_scan, _differentiate, _save)
 _scan_backward = _differentiable(_selective_scan_backward, _refuse, _save_nothing)
+
+
+_HIERARCHICAL = (
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor fast_decay, Tensor slow_decay, Tensor fast_gate, Tensor slow_gate, Tensor[] token_mlp, "
+    "Tensor[] chunk_mlp, Tensor bilinear, Tensor temp, Tensor? mask, Tensor[] initial_state, int chunk_size, str transform) "
+    "-> (Tensor, Tensor, Tensor)")
+
+
+# An absent initial_state is an empty list: a schema has no optional lists of tensors.
+@torch.library.custom_op("groundwave::hierarchical_delta_rule", mutates_args=(), device_types="cpu", schema=_HIERARCHICAL)
+def _hierarchical_delta_rule(
+    q, k, v, beta, fast_decay, slow_decay, fast_gate, slow_gate, token_mlp, chunk_mlp, bilinear, temp, mask, initial_state, chunk_size, transform
+):
+    o, states = _run(
+        "delta_rule", "hierarchical_forward", "hierarchical_delta_rule", q, k, v, beta, fast_decay, slow_decay, fast_gate, slow_gate,
+        token_mlp, chunk_mlp, bilinear, temp, mask, initial_state or None, chunk_size, transform)
+    return tuple(map(torch.from_numpy, (o, *states)))
+
+
+@_hierarchical_delta_rule.register_fake
+def _(q, k, v, beta, fast_decay, slow_decay, fast_gate, slow_gate, token_mlp, chunk_mlp, bilinear, temp, mask, initial_state, chunk_size, transform):
+    batch, heads, _, d = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, d, d), q.new_empty(batch, heads, d, d)
