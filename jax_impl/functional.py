@@ -10,6 +10,7 @@ names. `nnx.merge` inside `jax.jit` costs one trace; calling an `nnx.jit` functi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,57 +19,36 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from conf.models import GroundedMambaConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 from jax_impl import weights
+from jax_impl.deltanet import DeltaNetLM
 from jax_impl.grounded_mamba import GroundedMamba
+from jax_impl.lam import LAM, LamOutput
 from jax_impl.state import State
 
 Variables = dict[str, Any]
 
 
-class GroundedMambaModel:
-    """GroundedMamba as a function of its variables.
+class FunctionalModel:
+    """An NNX module as a function of its variables: what the models of this file share.
 
     `dtype` is that of parameters and arithmetic; float64 needs `jax.enable_x64(True)` around every call, else ValueError.
     """
 
-    def __init__(
-        self, config: GroundedMambaConfig | None = None, *, impl: str = "chunked", chunk_size: int = 32, remat: bool = False, dtype: str = "float32"
-    ) -> None:
-        self.config = GroundedMambaConfig.of(config)
-        self.dtype = np.dtype(dtype)
-
-        def build(seed: Array) -> GroundedMamba:
-            return GroundedMamba(self.config, impl=impl, chunk_size=chunk_size, remat=remat, rngs=nnx.Rngs(seed))
-
+    def __init__(self, config: Any, build: Callable[[nnx.Rngs], nnx.Module], dtype: str) -> None:
+        """`build` makes the module of `config`, its weights drawn from the given generators."""
+        self.config, self.dtype = config, np.dtype(dtype)
         self._build = build
-        shapes = nnx.eval_shape(lambda: build(0))
+        shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self._graph, params, buffers = nnx.split(shapes, nnx.Param, ...)
         self._template = {"params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers)}
 
     def init(self, seed: int = 0) -> Variables:
         """Variables drawn with JAX's generator."""
-        _, params, buffers = nnx.split(self._build(seed), nnx.Param, ...)
+        _, params, buffers = nnx.split(self._build(nnx.Rngs(seed)), nnx.Param, ...)
         return self._cast({"params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers)})
 
-    def apply(
-        self, variables: Variables, input_ids: Array, states: list[State] | None = None, *, return_aux: bool = False
-    ) -> tuple[Any, ...]:
-        """Logits (B, L, V), states and, with `return_aux`, the auxiliary dict; see `GroundedMamba.__call__`. Pure and jittable."""
-        return self.merge(variables)(input_ids, states, return_aux=return_aux)
-
-    def update_memory(self, variables: Variables, aux: dict[str, Any]) -> Variables:
-        """Variables after one optimiser step's update of the memory banks. Pure and jittable."""
-        module = self.merge(variables)
-        module.update_memory(aux)
-        return {**variables, "buffers": nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])}
-
-    def init_states(self, batch_size: int) -> list[State]:
-        """Zeros: the states before the first token."""
-        shapes = self.merge(self._template).state_shapes(batch_size)
-        return [{name: jnp.zeros(shape, self.dtype) for name, shape in one.items()} for one in shapes]
-
-    def merge(self, variables: Variables) -> GroundedMamba:
+    def merge(self, variables: Variables) -> Any:
         """The NNX module that holds `variables`."""
         return nnx.merge(self._graph, variables["params"], variables["buffers"])
 
@@ -91,3 +71,56 @@ class GroundedMambaModel:
             return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
         return jax.tree.map(cast, variables)
+
+
+class LanguageModel(FunctionalModel):
+    """A causal language model, which streams: ids and states to logits and states."""
+
+    def apply(
+        self, variables: Variables, input_ids: Array, states: list[State] | None = None, *, return_aux: bool = False
+    ) -> tuple[Any, ...]:
+        """Logits (B, L, V), states and, with `return_aux`, the auxiliary dict; see the module's `__call__`. Pure and jittable."""
+        return self.merge(variables)(input_ids, states, return_aux=return_aux)
+
+    def init_states(self, batch_size: int) -> list[State]:
+        """Zeros: the states before the first token."""
+        shapes = self.merge(self._template).state_shapes(batch_size)
+        return [{name: jnp.zeros(shape, self.dtype) for name, shape in one.items()} for one in shapes]
+
+
+class GroundedMambaModel(LanguageModel):
+    """GroundedMamba as a function of its variables. Options as the module's; `dtype` as `FunctionalModel`'s."""
+
+    def __init__(
+        self, config: GroundedMambaConfig | None = None, *, impl: str = "chunked", chunk_size: int = 32, remat: bool = False, dtype: str = "float32"
+    ) -> None:
+        config = GroundedMambaConfig.of(config)
+        super().__init__(config, lambda rngs: GroundedMamba(config, impl=impl, chunk_size=chunk_size, remat=remat, rngs=rngs), dtype)
+
+    def update_memory(self, variables: Variables, aux: dict[str, Any]) -> Variables:
+        """Variables after one optimiser step's update of the memory banks. Pure and jittable."""
+        module = self.merge(variables)
+        module.update_memory(aux)
+        return {**variables, "buffers": nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])}
+
+
+class DeltaNetModel(LanguageModel):
+    """DeltaNetLM as a function of its variables. Options as the module's; `dtype` as `FunctionalModel`'s."""
+
+    def __init__(self, config: DeltaNetConfig | None = None, *, impl: str = "chunked", remat: bool = False, dtype: str = "float32") -> None:
+        config = DeltaNetConfig() if config is None else config
+        super().__init__(config, lambda rngs: DeltaNetLM(config, impl=impl, remat=remat, rngs=rngs), dtype)
+
+
+class LamModel(FunctionalModel):
+    """LAM as a function of its variables. Options as the module's; `dtype` as `FunctionalModel`'s."""
+
+    def __init__(self, config: LamConfig | None = None, *, impl: str = "chunked", remat: bool = False, dtype: str = "float32") -> None:
+        config = LamConfig() if config is None else config
+        super().__init__(config, lambda rngs: LAM(config, impl=impl, remat=remat, rngs=rngs), dtype)
+
+    def apply(
+        self, variables: Variables, input_ids: Array, attention_mask: Array | None = None, output_hidden_states: bool = False
+    ) -> LamOutput:
+        """See `LAM.__call__`. Pure and jittable, `output_hidden_states` static."""
+        return self.merge(variables)(input_ids, attention_mask, output_hidden_states)

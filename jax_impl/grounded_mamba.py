@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from conf.models import GroundedMambaConfig
-from cython_ext.sampling import sample_token
+from jax_impl.generate import generate
 from jax_impl.layers import IMPLS, Frozen, RWKVGroundedMemory, StableStateSSM, layer_norm, linear
 from jax_impl.state import State, check_states, check_token_ids
 
@@ -120,21 +119,5 @@ class GroundedMamba(nnx.Module):
     def generate(
         self, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
     ) -> Array:
-        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens).
-
-        Streams: memory does not grow with the length. Sampling is NumPy's, so that every backend draws the same tokens.
-        """
+        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens). See `jax_impl.generate`."""
         return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)
-
-
-def generate(
-    call: Any, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-) -> Array:
-    """Continue `input_ids` (B, L) with `call(ids, states) -> (logits, states)`: a module, or a jitted function of one."""
-    rng = np.random.default_rng(seed)
-    tokens, states = [input_ids], None
-    for _ in range(max_new_tokens):
-        logits, states = call(tokens[-1], states)
-        drawn = sample_token(np.asarray(logits[:, -1], np.float64), temperature, top_k, rng)
-        tokens.append(jnp.asarray(drawn, input_ids.dtype)[:, None])
-    return jnp.concatenate(tokens, axis=1)

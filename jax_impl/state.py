@@ -45,3 +45,17 @@ def check_states(states: list[State], expected: list[dict[str, tuple[int, ...]]]
                 raise ValueError(f"states[{i}][{name!r}] must have dtype {dtype}, found {value.dtype}")
             if not isinstance(value, jax.core.Tracer) and np.isnan(np.asarray(value)).any():
                 raise ValueError(f"states[{i}][{name!r}] {shape} must be finite, found NaN")
+
+
+def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `mask` has `shape` (B, L) and every row is some valid tokens and then only padding."""
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids, {shape}, found {tuple(mask.shape)}")
+    if isinstance(mask, jax.core.Tracer):
+        return
+    valid = np.asarray(mask) != 0
+    if not valid.any(1).all():
+        raise ValueError(f"attention_mask: row {int((~valid.any(1)).argmax())} has no valid token")
+    if (valid[:, 1:] & ~valid[:, :-1]).any():
+        row = int((valid[:, 1:] & ~valid[:, :-1]).any(1).argmax())
+        raise ValueError(f"attention_mask: row {row} has padding before a valid token; padding must be on the right, without holes")

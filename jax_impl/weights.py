@@ -1,7 +1,7 @@
 """Flat dict of torch-named NumPy arrays <-> nested dict of NNX leaves, without torch.
 
-A path's parts are joined by dots; a Linear's `kernel` (in, out) is torch's `weight` (out, in), a norm's `scale` and an Embed's
-`embedding` are torch's `weight`; everything else keeps its name and layout. Integer leaves travel as int64.
+A path's parts are joined by dots; a Linear's `kernel` (in, out) is torch's `weight` (out, in), a Conv's (K, in, out) is (out, in, K),
+a norm's `scale` and an Embed's `embedding` are torch's `weight`; everything else keeps its name and layout. Integer leaves travel as int64.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def to_variables(arrays: dict[str, np.ndarray], template: dict[Any, Any]) -> dic
     """
     errors = [f"{name} differs from {source}, to which it is tied" for name, source in TIED.items()
               if name in arrays and source in arrays and not np.array_equal(arrays[name], arrays[source])]
-    used = set(TIED)
+    used = set()
 
     def fill(tree: Any, path: tuple[Any, ...]) -> Any:
         if isinstance(tree, dict):
@@ -63,6 +63,7 @@ def to_variables(arrays: dict[str, np.ndarray], template: dict[Any, Any]) -> dic
         return jnp.array(value.T if path[-1] == "kernel" else value, tree.dtype)
 
     variables = {collection: fill(tree, ()) for collection, tree in template.items()}
+    used |= {name for name, source in TIED.items() if source in used}
     errors += [f"{name} is not used" for name in arrays if name not in used]
     if errors:
         raise ValueError("arrays do not fit the model: " + "; ".join(errors))

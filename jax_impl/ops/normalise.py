@@ -1,4 +1,4 @@
-"""Layer normalisation over the last axis, as every norm of the project uses it.
+"""Layer and RMS normalisation over the last axis, as every norm of the project uses them.
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        var: biased, in two passes
 
@@ -26,3 +26,8 @@ def head_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     x (B, L, H, P); weight, bias (H * P,). Returns (B, L, H * P), heads concatenated.
     """
     return bias + layer_norm(x, None, None, eps).reshape(*x.shape[:-2], -1) * weight
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang and Sennrich, 2019). Shape is kept."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * weight

@@ -1,0 +1,261 @@
+"""DeltaNet: the layer, and a causal language model made of it.
+
+    q, k, v = heads(silu(conv(W x)))        beta = sigmoid(W_b x)        hierarchical: decays, gates and fluxes besides
+    y       = W_o (RMSNorm_d(rule(q, k, v, beta, ...)) * sigmoid(W_g x))
+
+    DeltaNetLM:   x = x + DeltaNetLayer(RMSNorm(x));   x = x + W_2(silu(W_1 n) * W_3 n), n = RMSNorm(x);   tied head on RMSNorm(x)
+
+Sources: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (2024); LAM's hierarchical DeltaNet.
+Letters: B batch, L length, D width, H heads, d head width, K kernel, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from conf.models import DeltaNetConfig
+from jax_impl.generate import generate
+from jax_impl.layers import Frozen, linear
+from jax_impl.ops.delta_rule import delta_rule, hierarchical_delta_rule, l2norm
+from jax_impl.ops.normalise import rms_norm
+from jax_impl.ops.short_conv import causal_conv, short_conv
+from jax_impl.state import State, check_states, check_token_ids
+
+IMPLS = ("recurrent", "chunked")
+RULES = {"hierarchical": "lam", "plain": "exact"}  # the rule and its transform unless another is asked for
+CONVS = ("same", "causal")
+
+
+class ShortConvolution(nnx.Conv):
+    """Depthwise convolution along L with Flax's parameters, (K, 1, D) and (D,), on (B, L, D)."""
+
+    def __init__(self, dim: int, kernel: int, *, rngs: nnx.Rngs) -> None:
+        def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, **_: object) -> Array:
+            return jax.random.uniform(key, shape, dtype, -(kernel**-0.5), kernel**-0.5)
+
+        super().__init__(
+            dim, dim, kernel, padding="VALID", feature_group_count=dim, kernel_init=uniform, bias_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x: Array, past: Array | None = None) -> tuple[Array, Array | None]:
+        """x (B, L, D). With `past` (B, K - 1, D) causal, else centred; returns y (B, L, D) and the next `past`, or None."""
+        if past is None:
+            return short_conv(x, self.kernel[...].T, self.bias[...], self.kernel_size[0] // 2), None
+        return causal_conv(x, self.kernel[...].T, self.bias[...], past)
+
+
+class GatedRMSNorm(nnx.Module):
+    """RMSNorm of every head, times a sigmoid gate: of the token where one is given, else learned per channel."""
+
+    def __init__(self, width: int, eps: float, output_gate: bool) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(width, jnp.float32))
+        self.gate = (Frozen if output_gate else nnx.Param)(jnp.ones(width, jnp.float32))
+
+    def __call__(self, o: Array, gate: Array | None) -> Array:
+        """o (B, L, H, d), gate of the same shape before its sigmoid, or None. Returns (B, L, H, d)."""
+        return rms_norm(o, self.weight[...], self.eps) * jax.nn.sigmoid(self.gate[...] if gate is None else gate)
+
+
+class Flux(nnx.Module):
+    """Weights of a flux, clamp(sigmoid(W_2 silu(W_1 x))): the op computes it, in the middle of the rule."""
+
+    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs) -> None:
+        xavier = nnx.initializers.variance_scaling(0.1**2, "fan_avg", "uniform")  # gain 0.1
+        self.hidden = nnx.Linear(inputs, width, kernel_init=xavier, bias_init=nnx.initializers.zeros, rngs=rngs)
+        self.out = nnx.Linear(width, 1, kernel_init=xavier, bias_init=nnx.initializers.zeros, rngs=rngs)
+
+    def mlp(self) -> tuple[Array, Array, Array, Array]:
+        return self.hidden.kernel[...].T, self.hidden.bias[...], self.out.kernel[...].T, self.out.bias[...]
+
+
+class PlainRule(nnx.Module):
+    """The plain delta rule on l2-normalised queries and keys; no weights."""
+
+    def __init__(self, chunk_size: int, transform: str, impl: str) -> None:
+        self.chunk_size, self.transform, self.impl = chunk_size, transform, impl
+
+    def __call__(self, q: Array, k: Array, v: Array, beta: Array, state: Array | None) -> tuple[Array, Array]:
+        """q, k, v (B, H, L, d), beta (B, H, L), state (B, H, d, d) or None. Returns o (B, H, L, d) and the last state."""
+        return delta_rule(l2norm(q), l2norm(k), v, beta, state, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
+
+
+class HierarchicalRule(nnx.Module):
+    """The hierarchical delta rule and the weights that only it uses."""
+
+    def __init__(self, heads: int, width: int, chunk_size: int, transform: str, impl: str, *, rngs: nnx.Rngs) -> None:
+        self.chunk_size, self.transform, self.impl = chunk_size, transform, impl
+        bound = 0.1 * math.sqrt(6 / (width + width))
+        self.W_bilinear = nnx.Param(  # Xavier per head, gain 0.1
+            jax.random.uniform(rngs.params(), (heads, width, width), jnp.float32, -bound, bound))
+        self.temp = nnx.Param(jnp.full((heads,), math.sqrt(width), jnp.float32))
+        hidden = max(width // 2, 1)
+        self.token_flux = Flux(2 * width, hidden, rngs=rngs)
+        self.chunk_flux = Flux(2 * width + 1, hidden, rngs=rngs)
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, beta: Array, decays: tuple[Array, Array], gates: tuple[Array, Array],
+        mask: Array | None, states: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """q, k, v (B, H, L, d); beta, fast and slow decays and gates (B, H, L). Returns o (B, H, L, d) and both last states."""
+        arguments = (
+            q, k, v, beta, *decays, *gates, self.token_flux.mlp(), self.chunk_flux.mlp(), self.W_bilinear[...], self.temp[...], mask, states)
+        return hierarchical_delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
+
+
+class DeltaNetLayer(nnx.Module):
+    """Token mixing by the delta rule.
+
+    `rule` is "hierarchical" or "plain"; `conv` "same" (an encoder's: output t sees t - K / 2 .. ) or "causal" (a decoder's, which
+    streams); `transform` None takes the rule's own, "lam" or "exact". Raises ValueError for an unknown choice, for `dim` not divisible by
+    `heads`, and for a causal hierarchical layer: its chunk means look ahead.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, rule: str = "hierarchical", conv: str = "same", conv_kernel: int = 4, chunk_size: int = 64,
+        transform: str | None = None, rms_eps: float = 1e-6, output_gate: bool = True, impl: str = "chunked", rngs: nnx.Rngs,
+    ) -> None:
+        for name, value, choices in (("rule", rule, tuple(RULES)), ("conv", conv, CONVS), ("impl", impl, IMPLS)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
+        if dim % heads:
+            raise ValueError(f"dim must be divisible by heads, found dim={dim} and heads={heads}")
+        if conv == "causal" and rule == "hierarchical":
+            raise ValueError("conv must be 'same' with rule='hierarchical', found 'causal': its chunk means look ahead")
+        self.dim, self.heads, self.conv = dim, heads, conv
+        width = dim // heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(dim, dim, rngs=rngs) for _ in range(4))
+        if output_gate:
+            self.g_proj = linear(dim, dim, rngs=rngs)
+        self.b_proj = linear(dim, heads, rngs=rngs)
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConvolution(dim, conv_kernel, rngs=rngs) for _ in range(3))
+        self.output_gate, self.hierarchical = output_gate, rule == "hierarchical"
+        if self.hierarchical:
+            self.fast_decay_proj, self.slow_decay_proj = (linear(dim, heads, bias=(0.0,) * heads, rngs=rngs) for _ in range(2))
+            self.fast_decay_bias = nnx.Param(jnp.full((heads,), math.log(0.3), jnp.float32))
+            self.slow_decay_bias = nnx.Param(jnp.full((heads,), math.log(0.9), jnp.float32))
+            self.fast_gate_proj, self.slow_gate_proj = (linear(dim, heads, rngs=rngs) for _ in range(2))
+            self.rule = HierarchicalRule(heads, width, chunk_size, transform or RULES[rule], impl, rngs=rngs)
+        else:
+            self.rule = PlainRule(chunk_size, transform or RULES[rule], impl)
+        self.o_norm = GatedRMSNorm(width, rms_eps, output_gate)
+
+    def __call__(self, x: Array, mask: Array | None = None, state: State | None = None) -> tuple[Array, State]:
+        """x (B, L, D); mask (B, L), true for valid tokens, padding on the right, or None; state as returned, or None for zeros.
+
+        Returns y (B, L, D) and the last state: {"S_fast", "S_slow"}, or {"S"} with {"conv_q", "conv_k", "conv_v"} (B, K - 1, D) where
+        the layer is causal. Raises ValueError for a mask in a layer on the plain rule.
+        """
+        if mask is not None:
+            if not self.hierarchical:
+                raise ValueError("mask must be None for a layer on the plain rule: its state would go on through the padding")
+            x = x * mask[..., None]
+        past = self._past(x, state)
+        q, k, v, new = [], [], [], {}
+        for name, heads in (("q", q), ("k", k), ("v", v)):
+            y, after = getattr(self, f"{name}_conv1d")(getattr(self, f"{name}_proj")(x), past.get(f"conv_{name}"))
+            heads.append(self._heads(jax.nn.silu(y)).swapaxes(1, 2))  # (B, H, L, d)
+            new |= {} if after is None else {f"conv_{name}": after}
+        beta = self._per_head(self.b_proj(x))
+        if self.hierarchical:
+            fast, slow = self.fast_decay_proj(x) + self.fast_decay_bias[...], self.slow_decay_proj(x) + self.slow_decay_bias[...]
+            decays = (self._per_head(fast), self._per_head(slow))
+            gates = (self._per_head(self.fast_gate_proj(x)), self._per_head(self.slow_gate_proj(x)))
+            states = None if state is None else (state["S_fast"], state["S_slow"])
+            o, (new["S_fast"], new["S_slow"]) = self.rule(q[0], k[0], v[0], beta, decays, gates, mask, states)
+        else:
+            o, new["S"] = self.rule(q[0], k[0], v[0], beta, None if state is None else state["S"])
+        gate = self._heads(self.g_proj(x)) if self.output_gate else None
+        return self.o_proj(self.o_norm(o.swapaxes(1, 2), gate).reshape(x.shape)), new
+
+    def _past(self, x: Array, state: State | None) -> State:
+        if self.conv == "same":
+            return {}
+        names = ("conv_q", "conv_k", "conv_v")
+        shape = (x.shape[0], self.q_conv1d.kernel_size[0] - 1, self.dim)
+        return {name: jnp.zeros(shape, x.dtype) if state is None else state[name] for name in names}
+
+    def _heads(self, z: Array) -> Array:
+        """z (B, L, D), as (B, L, H, d)."""
+        return z.reshape(*z.shape[:2], self.heads, -1)
+
+    @staticmethod
+    def _per_head(z: Array) -> Array:
+        """Sigmoid of z (B, L, H), as (B, H, L)."""
+        return jax.nn.sigmoid(z).swapaxes(1, 2)
+
+
+class DeltaNetBlock(nnx.Module):
+    """x + DeltaNetLayer(RMSNorm(x)), then x + W_2(silu(W_1 n) * W_3 n) with n = RMSNorm(x)."""
+
+    def __init__(self, config: DeltaNetConfig, impl: str, *, rngs: nnx.Rngs) -> None:
+        self.norm_delta = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, use_fast_variance=False, rngs=rngs)
+        self.delta = DeltaNetLayer(
+            config.dim, config.heads, rule="plain", conv="causal", conv_kernel=config.conv_kernel, chunk_size=config.chunk_size,
+            rms_eps=config.norm_eps, impl=impl, rngs=rngs,
+        )
+        self.norm_ffn = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, use_fast_variance=False, rngs=rngs)
+        self.w1, self.w3 = linear(config.dim, config.ffn_dim, rngs=rngs), linear(config.dim, config.ffn_dim, rngs=rngs)
+        self.w2 = linear(config.ffn_dim, config.dim, rngs=rngs)
+
+    def __call__(self, x: Array, state: State | None = None) -> tuple[Array, State]:
+        """x (B, L, D). Returns the block's output (B, L, D) and its state."""
+        y, state = self.delta(self.norm_delta(x), None, jax.lax.stop_gradient(state))
+        x = x + y
+        n = self.norm_ffn(x)
+        return x + self.w2(jax.nn.silu(self.w1(n)) * self.w3(n)), state
+
+
+class DeltaNetLM(nnx.Module):
+    """Causal language model on the plain delta rule, with a state of constant size. `impl` is "recurrent" or "chunked".
+
+    `remat` recomputes each block in the backward pass instead of keeping what it computed.
+    """
+
+    def __init__(self, config: DeltaNetConfig | None = None, *, impl: str = "chunked", remat: bool = False, rngs: nnx.Rngs) -> None:
+        self.config = DeltaNetConfig() if config is None else config
+        self.remat = remat
+        self.embedding = nnx.Embed(self.config.vocab_size, self.config.dim, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        self.embedding.dtype = None  # Flax fixes it to the dtype at construction, and would round float64 weights to float32
+        self.blocks = nnx.List([DeltaNetBlock(self.config, impl, rngs=rngs) for _ in range(self.config.depth)])
+        self.norm = nnx.RMSNorm(self.config.dim, epsilon=self.config.norm_eps, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, input_ids: Array, states: list[State] | None = None, *, return_aux: bool = False) -> tuple[Any, ...]:
+        """input_ids (B, L) in [0, V). Returns logits (B, L, V) and the states to hand to the next call; with `return_aux` an empty dict.
+
+        States passed in are detached (truncated backpropagation); those returned are not. Raises ValueError for ids out of range,
+        empty input, and states of another shape or dtype or with NaN (values only outside `jit`).
+        """
+        check_token_ids(input_ids, self.config.vocab_size)
+        if states is not None:
+            check_states(states, self.state_shapes(input_ids.shape[0]), self.embedding.embedding.dtype)
+        x = self.embedding(input_ids)  # (B, L, D)
+        new_states = []
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            x, state = (jax.checkpoint(block.__call__) if self.remat else block)(x, state)
+            new_states.append(state)
+        logits = self.embedding.attend(self.norm(x))  # (B, L, V)
+        return (logits, new_states, {}) if return_aux else (logits, new_states)
+
+    def state_shapes(self, batch_size: int) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes of the states for `batch_size` sequences."""
+        config = self.config
+        past = (batch_size, config.conv_kernel - 1, config.dim)
+        one = {"conv_q": past, "conv_k": past, "conv_v": past, "S": (batch_size, config.heads, config.head_dim, config.head_dim)}
+        return [one] * config.depth
+
+    def init_states(self, batch_size: int) -> list[State]:
+        """Zeros: the states before the first token."""
+        dtype = self.embedding.embedding.dtype
+        return [{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()} for shapes in self.state_shapes(batch_size)]
+
+    def generate(
+        self, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+    ) -> Array:
+        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens). See `jax_impl.generate`."""
+        return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)
