@@ -1,7 +1,7 @@
 """What a model's arrays are: the name, shape and role of each, read off the configuration, and the check that holds a dict of arrays to it.
 
 A model is a flat dict, torch's parameter names -> NumPy arrays, whatever the backend. Letters in the shapes: D width, N state, H heads,
-P head width, V vocabulary, M slots of the memory bank.
+P head width (d in the delta rule), V vocabulary, M slots of the memory bank, K kernel of a convolution.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.models import GroundedMambaConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 
-NAMES = {"grounded_mamba": GroundedMambaConfig}
+NAMES = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "lam": LamConfig}
 DTYPES = ("float32", "float64")
+LAM_KERNEL = 4  # of the public LAM's convolutions; no field of its configuration
 
 
 class Entry(NamedTuple):
@@ -31,6 +32,14 @@ def _linear(name: str, outputs: int, inputs: int) -> dict[str, Entry]:
 
 def _affine(name: str, size: int) -> dict[str, Entry]:
     return {f"{name}.weight": Entry((size,)), f"{name}.bias": Entry((size,))}
+
+
+def _linear_bias(name: str, outputs: int, inputs: int) -> dict[str, Entry]:
+    return {**_linear(name, outputs, inputs), f"{name}.bias": Entry((outputs,))}
+
+
+def _repeated(block: Mapping[str, Entry], depth: int) -> dict[str, Entry]:
+    return {f"blocks.{index}.{name}": entry for index in range(depth) for name, entry in block.items()}
 
 
 def _grounded_mamba(config: GroundedMambaConfig) -> dict[str, Entry]:
@@ -62,13 +71,55 @@ def _grounded_mamba(config: GroundedMambaConfig) -> dict[str, Entry]:
     block.update(_linear("gate_proj", 2, dim))
     block["gate_proj.bias"] = Entry((2,))
     block.update(_affine("ln_out", dim))
-    entries = {"embedding.weight": Entry((config.vocab_size, dim))}
-    for index in range(config.depth):
-        entries.update({f"blocks.{index}.{name}": entry for name, entry in block.items()})
-    return {**entries, **_affine("ln_out", dim), "lm_head.weight": Entry((config.vocab_size, dim), "tied")}
+    table = (config.vocab_size, dim)
+    return {"embedding.weight": Entry(table), **_repeated(block, config.depth), **_affine("ln_out", dim), "lm_head.weight": Entry(table, "tied")}
 
 
-_LAYOUTS: dict[str, Callable[[Any], dict[str, Entry]]] = {"grounded_mamba": _grounded_mamba}
+def _delta(dim: int, heads: int, kernel: int, hierarchical: bool) -> dict[str, Entry]:
+    """DeltaNetLayer with an output gate, under `delta`."""
+    layer: dict[str, Entry] = {}
+    if hierarchical:
+        layer |= {"fast_decay_bias": Entry((heads,)), "slow_decay_bias": Entry((heads,))}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "g_proj"):
+        layer |= _linear(name, dim, dim)
+    layer |= _linear("b_proj", heads, dim)
+    for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
+        layer |= {f"{name}.weight": Entry((dim, 1, kernel)), f"{name}.bias": Entry((dim,))}
+    width = dim // heads
+    if hierarchical:
+        hidden = max(width // 2, 1)
+        layer |= {**_linear_bias("fast_decay_proj", heads, dim), **_linear_bias("slow_decay_proj", heads, dim)}
+        layer |= {**_linear("fast_gate_proj", heads, dim), **_linear("slow_gate_proj", heads, dim)}
+        layer |= {"rule.W_bilinear": Entry((heads, width, width)), "rule.temp": Entry((heads,))}
+        layer |= {**_linear_bias("rule.token_flux.hidden", hidden, 2 * width), **_linear_bias("rule.token_flux.out", 1, hidden)}
+        layer |= {**_linear_bias("rule.chunk_flux.hidden", hidden, 2 * width + 1), **_linear_bias("rule.chunk_flux.out", 1, hidden)}
+    layer |= {"o_norm.weight": Entry((width,)), "o_norm.gate": Entry((width,))}
+    return {f"delta.{name}": entry for name, entry in layer.items()}
+
+
+def _deltanet_lm(config: DeltaNetConfig) -> dict[str, Entry]:
+    dim, ffn, table = config.dim, config.ffn_dim, (config.vocab_size, config.dim)
+    block = {"norm_delta.weight": Entry((dim,)), **_delta(dim, config.heads, config.conv_kernel, hierarchical=False)}
+    block |= {"norm_ffn.weight": Entry((dim,)), **_linear("w1", ffn, dim), **_linear("w3", ffn, dim), **_linear("w2", dim, ffn)}
+    head = {"norm.weight": Entry((dim,)), "lm_head.weight": Entry(table, "tied")}
+    return {"embedding.weight": Entry(table), **_repeated(block, config.depth), **head}
+
+
+def _lam(config: LamConfig) -> dict[str, Entry]:
+    dim = config.dim
+    tables = {"word": config.vocab_size, "position": config.max_positions, "token_type": 2}
+    block = {
+        **_delta(dim, config.heads, LAM_KERNEL, hierarchical=True),
+        **_affine("norm_delta", dim),
+        **_linear_bias("ffn_in", config.ffn_dim, dim),
+        **_linear_bias("ffn_out", dim, config.ffn_dim),
+        **_affine("norm_ffn", dim),
+    }
+    embeddings = {f"{kind}_embeddings.weight": Entry((rows, dim)) for kind, rows in tables.items()}
+    return {**embeddings, **_affine("embedding_norm", dim), **_repeated(block, config.depth)}
+
+
+_LAYOUTS: dict[str, Callable[[Any], dict[str, Entry]]] = {"grounded_mamba": _grounded_mamba, "deltanet_lm": _deltanet_lm, "lam": _lam}
 _TIES = {"lm_head.weight": "embedding.weight"}
 
 
@@ -122,7 +173,7 @@ def check_shapes(name: str, config: Any, found: Mapping[str, tuple[tuple[int, ..
         if kind != expected:
             kinds.append(f"{key} is {kind}, expected {expected}")
     problems = [
-        f"{label}: {_shorten(items)}"
+        f"{label}: {shorten(items)}"
         for label, items in (("missing", missing), ("unused", unused), ("wrong shape", misshapen), ("wrong dtype", kinds))
         if items
     ]
@@ -153,6 +204,7 @@ def dtype_kind(dtype: np.dtype) -> str:
     return {"f": "float", "i": "int"}.get(dtype.kind, str(dtype))
 
 
-def _shorten(items: Iterable[str], most: int = 8) -> str:
+def shorten(items: Iterable[str], most: int = 8) -> str:
+    """The first `most` names and how many more there are."""
     items = list(items)
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

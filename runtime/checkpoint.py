@@ -3,6 +3,7 @@
     directory/config.json                      model, configuration, dtype, parameter count, files with sizes and sha256
     directory/model.safetensors                flat, torch's names; or, above 2 GB:
     directory/model-00001-of-00003.safetensors ... and model.safetensors.index.json
+    directory/tokenizer.json                   where a tokenizer belongs to the model
 
 A tied array is written once, under its first name. How a set is replaced whole: `runtime.files`.
 """
@@ -47,10 +48,12 @@ def save_arrays(
     directory: str | os.PathLike[str],
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """`save` for a flat dict of arrays; floats are stored as `dtype`, files hold at most `shard_bytes` of arrays each.
 
-    Raises ValueError for arrays that do not fit, ImportError where sharding is needed and huggingface_hub is missing.
+    `texts`: further files of the set, name -> content. Raises ValueError for arrays that do not fit, ImportError where sharding is needed
+    and huggingface_hub is missing.
     """
     checked = check(name, config, arrays, dtype)
     stored = {key: checked[key] for key, entry in layout(name, config).items() if entry.role != "tied"}
@@ -59,7 +62,8 @@ def save_arrays(
         shard: partial(files.write_arrays, arrays={key: stored[key] for key in keys}) for shard, keys in shards.items()
     }
     if index is not None:
-        writers[INDEX] = partial(_write_json, value=index)
+        writers[INDEX] = partial(_write_text, text=json.dumps(index, indent=2) + "\n")
+    writers |= {file: partial(_write_text, text=text) for file, text in (texts or {}).items()}
     description = {
         "format": FORMAT,
         "model": name,
@@ -82,10 +86,15 @@ def load(directory: str | os.PathLike[str], backend: str = "torch", dtype: str |
 
 def load_arrays(directory: str | os.PathLike[str]) -> tuple[str, Any, dict[str, np.ndarray], str]:
     """(model name, configuration, arrays, dtype) of a saved model; everything is checked before an array is read. Raises as `load`."""
+    return load_set(directory)[:4]
+
+
+def load_set(directory: str | os.PathLike[str]) -> tuple[str, Any, dict[str, np.ndarray], str, dict[str, Path]]:
+    """`load_arrays`, and the path of every file of the set."""
     directory = Path(directory)
     description, paths = files.read_set(directory)
     name, config, dtype, count = _read_description(directory / files.CONFIG, description)
-    headers = {path: files.header(path) for shard, path in paths.items() if shard != INDEX}
+    headers = {path: files.header(path) for file, path in paths.items() if file.endswith(".safetensors")}
     # Before the layout of every block is laid out: a depth that the file cannot have.
     tensors = sum(map(len, headers.values()))
     if config.depth > tensors:
@@ -102,7 +111,7 @@ def load_arrays(directory: str | os.PathLike[str]) -> tuple[str, Any, dict[str, 
     for path in headers:
         with safe_open(path, framework="numpy") as file:
             arrays |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return name, config, arrays, dtype
+    return name, config, arrays, dtype, paths
 
 
 def _read_description(path: Path, description: Mapping[str, Any]) -> tuple[str, Any, str, int]:
@@ -158,5 +167,5 @@ def _split(arrays: Mapping[str, np.ndarray], shard_bytes: int) -> tuple[dict[str
     return shards, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

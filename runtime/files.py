@@ -128,7 +128,7 @@ def read_set(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     """
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG}, so it is no saved model")
-    description = _parse(directory / CONFIG)
+    description = read_json(directory / CONFIG)
     paths = {}
     for name, facts in _files(directory, description).items():
         path = pending_path(directory, name, facts["sha256"])
@@ -167,12 +167,13 @@ def _listed(directory: Path) -> dict[str, dict[str, Any]]:
     if not (directory / CONFIG).is_file():
         return {}
     try:
-        return _files(directory, _parse(directory / CONFIG))
+        return _files(directory, read_json(directory / CONFIG))
     except ValueError as error:
         raise FileExistsError(f"will not replace {directory / CONFIG}, which is not that of a saved model: {error}") from error
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. ValueError, naming it, for anything else."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.models import GroundedMambaConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 from runtime.arrays import Entry, layout
 
 
@@ -37,7 +37,7 @@ def init_arrays(name: str, config: Any, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def uniform_linear(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Weight (outputs, inputs) of a linear layer, uniform in +-1/sqrt(inputs)."""
+    """Weight (outputs, inputs) of a linear layer, or (D, 1, K) of a depthwise convolution, uniform in +-1/sqrt(its last axis)."""
     bound = 1.0 / math.sqrt(shape[-1])
     return generator.uniform(-bound, bound, shape)
 
@@ -71,4 +71,32 @@ def _grounded_mamba(key: str, entry: Entry, config: GroundedMambaConfig, generat
     return uniform_linear(shape, generator)
 
 
-_DRAWS: dict[str, Callable[[str, Entry, Any, np.random.Generator], np.ndarray]] = {"grounded_mamba": _grounded_mamba}
+def xavier(shape: tuple[int, ...], generator: np.random.Generator, gain: float) -> np.ndarray:
+    """Weight (..., outputs, inputs), uniform in +-gain sqrt(6 / (inputs + outputs)); each matrix of a stack by itself."""
+    bound = gain * math.sqrt(6.0 / (shape[-1] + shape[-2]))
+    return generator.uniform(-bound, bound, shape)
+
+
+def _delta(key: str, entry: Entry, config: DeltaNetConfig | LamConfig, generator: np.random.Generator) -> np.ndarray:
+    """DeltaNetLM and LAM: the layer, the norms and the feed-forwards of both."""
+    shape = entry.shape
+    owner, _, leaf = key.rpartition(".")
+    layer = owner.rpartition(".")[2]
+    if layer.endswith(("embedding", "embeddings")):
+        return 0.02 * generator.standard_normal(shape)
+    if leaf == "gate" or (leaf == "weight" and "norm" in layer):
+        return np.ones(shape)
+    if leaf in ("fast_decay_bias", "slow_decay_bias"):
+        return np.full(shape, math.log(0.3 if leaf == "fast_decay_bias" else 0.9))
+    if leaf == "temp":
+        return np.full(shape, math.sqrt(config.head_dim))
+    if leaf == "bias":
+        return np.zeros(shape)
+    if leaf == "W_bilinear" or "_flux." in owner:
+        return xavier(shape, generator, gain=0.1)
+    return uniform_linear(shape, generator)
+
+
+_DRAWS: dict[str, Callable[[str, Entry, Any, np.random.Generator], np.ndarray]] = {
+    "grounded_mamba": _grounded_mamba, "deltanet_lm": _delta, "lam": _delta,
+}

@@ -10,27 +10,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_impl.functional import GroundedMambaModel
-from jax_impl.grounded_mamba import generate
-from jax_impl.state import check_states, check_token_ids
+from jax_impl.functional import DeltaNetModel, GroundedMambaModel, LamModel
+from jax_impl.generate import generate
+from jax_impl.state import check_mask, check_states, check_token_ids
 from runtime.arrays import layout
 
 
-class JaxGroundedMamba:
-    """GroundedMamba in JAX: `model`, the functional object, and its `variables`; one compilation per configuration and shape of the input.
+class JaxModel:
+    """What every model has: `model`, the functional object, and its `variables`; one compilation per configuration and shape of the input.
 
     Everything runs inside `jax.enable_x64(dtype == "float64")`, whatever the global setting.
     """
 
-    name = "grounded_mamba"
+    name: str
+    kind: type[Any]
+    static = "return_aux"
     backend = "jax"
 
     def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], dtype: str) -> None:
         """`arrays` complete and checked."""
         self.config, self.dtype = config, dtype
         with self._x64():
-            self.model, self._apply, self._update_memory = _compiled(config, dtype)
+            self.model, self._apply = _compiled(self.kind, config, dtype, self.static)
             self.variables = self.model.variables(dict(arrays))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters and buffers, flat, under torch's names."""
+        held = self.model.arrays(self.variables)
+        return {key: held[key] for key in layout(self.name, self.config)}
+
+    def _ids(self, input_ids: Any) -> Any:
+        """Checked ids, NumPy ones as int64: under 32 bits JAX would wrap what does not fit before anyone could refuse it."""
+        ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
+        check_token_ids(ids, self.config.vocab_size)
+        return ids if isinstance(ids, jax.Array) else ids.astype(np.int64)
+
+    def _x64(self) -> Any:
+        return jax.enable_x64(self.dtype == "float64")
+
+
+class JaxLanguageModel(JaxModel):
+    """A causal language model with states: token ids in, logits and states out."""
+
+    def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], dtype: str) -> None:
+        super().__init__(config, arrays, dtype)
+        with self._x64():
             self._shapes = self.model.merge(self.variables).state_shapes
 
     def __call__(self, input_ids: Any, states: Any = None, *, return_aux: bool = False) -> tuple[Any, ...]:
@@ -55,31 +79,59 @@ class JaxGroundedMamba:
         with self._x64():
             return self.model.init_states(batch_size)
 
+
+class JaxGroundedMamba(JaxLanguageModel):
+    """GroundedMamba in JAX."""
+
+    name = "grounded_mamba"
+    kind = GroundedMambaModel
+
     def update_memory(self, aux: Mapping[str, Any]) -> None:
         """Count one optimiser step and, when it is due, write the rows of `aux` into the memory banks. Replaces `variables`."""
         with self._x64():
-            self.variables = self._update_memory(self.variables, {"memory_rows": jax.tree.map(jnp.asarray, aux["memory_rows"])})
+            update = _compiled_update(self.config, self.dtype)
+            self.variables = update(self.variables, {"memory_rows": jax.tree.map(jnp.asarray, aux["memory_rows"])})
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Copies of all parameters and buffers, flat, under torch's names."""
-        held = self.model.arrays(self.variables)
-        return {key: held[key] for key in layout(self.name, self.config)}
 
-    def _ids(self, input_ids: Any) -> Any:
-        """Checked ids, NumPy ones as int64: under 32 bits JAX would wrap what does not fit before anyone could refuse it."""
-        ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
-        check_token_ids(ids, self.config.vocab_size)
-        return ids if isinstance(ids, jax.Array) else ids.astype(np.int64)
+class JaxDeltaNetLM(JaxLanguageModel):
+    """DeltaNetLM in JAX."""
 
-    def _x64(self) -> Any:
-        return jax.enable_x64(self.dtype == "float64")
+    name = "deltanet_lm"
+    kind = DeltaNetModel
+
+
+class JaxLam(JaxModel):
+    """LAM in JAX."""
+
+    name = "lam"
+    kind = LamModel
+    static = "output_hidden_states"
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, output_hidden_states: bool = False) -> Any:
+        """(B, L) ids, mask (B, L) or None -> LamOutput. NumPy ids: NumPy results. Raises ValueError for bad ids or a bad mask."""
+        ids = self._ids(input_ids)
+        if attention_mask is not None:
+            attention_mask = attention_mask if isinstance(attention_mask, jax.Array) else np.asarray(attention_mask)
+            check_mask(attention_mask, ids.shape)
+        with self._x64():
+            mask = None if attention_mask is None else jnp.asarray(attention_mask)
+            output = self._apply(self.variables, jnp.asarray(ids), mask, output_hidden_states=output_hidden_states)
+        return output if isinstance(input_ids, jax.Array) else _to_numpy(output)
+
+
+MODELS: dict[str, type[JaxModel]] = {model.name: model for model in (JaxGroundedMamba, JaxDeltaNetLM, JaxLam)}
 
 
 @lru_cache(maxsize=16)
-def _compiled(config: Any, dtype: str) -> tuple[GroundedMambaModel, Callable[..., Any], Callable[..., Any]]:
-    """The functional model, which holds no weights, and its jitted functions: a second model of the same sizes compiles nothing."""
-    model = GroundedMambaModel(config, dtype=dtype)
-    return model, jax.jit(model.apply, static_argnames="return_aux"), jax.jit(model.update_memory)
+def _compiled(kind: type[Any], config: Any, dtype: str, static: str) -> tuple[Any, Callable[..., Any]]:
+    """The functional model, which holds no weights, and its jitted `apply`: a second model of the same sizes compiles nothing."""
+    model = kind(config, dtype=dtype)
+    return model, jax.jit(model.apply, static_argnames=static)
+
+
+@lru_cache(maxsize=16)
+def _compiled_update(config: Any, dtype: str) -> Callable[..., Any]:
+    return jax.jit(_compiled(GroundedMambaModel, config, dtype, JaxGroundedMamba.static)[0].update_memory)
 
 
 def _to_numpy(tree: Any) -> Any:

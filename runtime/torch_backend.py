@@ -7,45 +7,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from runtime.arrays import layout
+from torch_impl.deltanet import DeltaNetLM
 from torch_impl.grounded_mamba import GroundedMamba
+from torch_impl.lam import LAM
 
-_IMPLS = {"torch": "chunked", "torch_compiled": "compiled"}
+_IMPLS = {"torch": "chunked", "torch_compiled": "compiled", "cython": "compiled"}
 
 
-class TorchGroundedMamba:
-    """GroundedMamba in torch. `module` is the torch module, for training and for everything that is torch's own."""
+class TorchModel:
+    """What every model has. `module` is the torch module, for training and for everything that is torch's own."""
 
-    name = "grounded_mamba"
+    name: str
+    kind: type[nn.Module]
 
     def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], backend: str, dtype: str) -> None:
         """`arrays` complete and checked. The random numbers that the module's constructor draws do not advance torch's generator."""
         self.config, self.backend, self.dtype = config, backend, dtype
         with torch.random.fork_rng(devices=[]):
-            self.module = GroundedMamba(config, impl=_IMPLS[backend]).to(getattr(torch, dtype))
+            self.module = self.kind(config, impl=_IMPLS[backend]).to(getattr(torch, dtype))
         self.module.load_state_dict({key: torch.from_numpy(value) for key, value in arrays.items()}, strict=True)
-
-    def __call__(self, input_ids: Any, states: Any = None, *, return_aux: bool = False) -> tuple[Any, ...]:
-        """(B, L) ids -> logits (B, L, V), states[, aux] as `GroundedMamba.forward`. NumPy ids: NumPy results, and no gradients."""
-        if isinstance(input_ids, torch.Tensor):
-            return self.module(input_ids, self._tensors(states), return_aux=return_aux)
-        with torch.no_grad():
-            return _to_numpy(self.module(self._ids(input_ids), self._tensors(states), return_aux=return_aux))
-
-    def generate(self, input_ids: Any, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> Any:
-        """Continue (B, L) ids by `max_new_tokens` sampled tokens: (B, L + max_new_tokens)."""
-        if isinstance(input_ids, torch.Tensor):
-            return self.module.generate(input_ids, max_new_tokens, temperature, top_k, seed)
-        return _to_numpy(self.module.generate(self._ids(input_ids), max_new_tokens, temperature, top_k, seed))
-
-    def init_states(self, batch_size: int) -> list[dict[str, torch.Tensor]]:
-        """Zeros: the states before the first token."""
-        return self.module.init_states(batch_size)
-
-    def update_memory(self, aux: Mapping[str, Any]) -> None:
-        """Count one optimiser step and, when it is due, write the rows of `aux` into the memory banks."""
-        self.module.update_memory(self._tensors(dict(aux)))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers, flat, under torch's names."""
@@ -61,14 +44,74 @@ class TorchGroundedMamba:
         return _map(lambda leaf: torch.as_tensor(leaf, device=self._device()) if isinstance(leaf, np.ndarray) else leaf, tree)
 
     def _device(self) -> torch.device:
-        return self.module.embedding.weight.device
+        return next(self.module.parameters()).device
+
+
+class TorchLanguageModel(TorchModel):
+    """A causal language model with states: token ids in, logits and states out."""
+
+    def __call__(self, input_ids: Any, states: Any = None, *, return_aux: bool = False) -> tuple[Any, ...]:
+        """(B, L) ids -> logits (B, L, V), states[, aux] as the module's `forward`. NumPy ids: NumPy results, and no gradients."""
+        if isinstance(input_ids, torch.Tensor):
+            return self.module(input_ids, self._tensors(states), return_aux=return_aux)
+        with torch.no_grad():
+            return _to_numpy(self.module(self._ids(input_ids), self._tensors(states), return_aux=return_aux))
+
+    def generate(self, input_ids: Any, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> Any:
+        """Continue (B, L) ids by `max_new_tokens` sampled tokens: (B, L + max_new_tokens)."""
+        if isinstance(input_ids, torch.Tensor):
+            return self.module.generate(input_ids, max_new_tokens, temperature, top_k, seed)
+        return _to_numpy(self.module.generate(self._ids(input_ids), max_new_tokens, temperature, top_k, seed))
+
+    def init_states(self, batch_size: int) -> list[dict[str, torch.Tensor]]:
+        """Zeros: the states before the first token."""
+        return self.module.init_states(batch_size)
+
+
+class TorchGroundedMamba(TorchLanguageModel):
+    """GroundedMamba in torch."""
+
+    name = "grounded_mamba"
+    kind = GroundedMamba
+
+    def update_memory(self, aux: Mapping[str, Any]) -> None:
+        """Count one optimiser step and, when it is due, write the rows of `aux` into the memory banks."""
+        self.module.update_memory(self._tensors(dict(aux)))
+
+
+class TorchDeltaNetLM(TorchLanguageModel):
+    """DeltaNetLM in torch."""
+
+    name = "deltanet_lm"
+    kind = DeltaNetLM
+
+
+class TorchLam(TorchModel):
+    """LAM in torch; on the backend "cython" its rule is compiled and nothing has gradients."""
+
+    name = "lam"
+    kind = LAM
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, output_hidden_states: bool = False) -> Any:
+        """(B, L) ids, mask (B, L) or None -> LamOutput as `LAM.forward`. NumPy ids: NumPy results, and no gradients."""
+        native = isinstance(input_ids, torch.Tensor)
+        ids = input_ids if native else self._ids(input_ids)
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            attention_mask = torch.as_tensor(np.asarray(attention_mask), device=self._device())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and native and self.backend != "cython"):
+            output = self.module(ids, attention_mask, output_hidden_states)
+        return output if native else _to_numpy(output)
+
+
+MODELS: dict[str, type[TorchModel]] = {model.name: model for model in (TorchGroundedMamba, TorchDeltaNetLM, TorchLam)}
 
 
 def _map(function: Any, tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: _map(function, value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_map(function, value) for value in tree)
+        mapped = [_map(function, value) for value in tree]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     return function(tree)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conf.models import GroundedMambaConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 from runtime.arrays import layout, parameter_count
 from runtime.init import init_arrays
 
@@ -85,6 +85,47 @@ def test_buffers_norms_and_dtypes():
     assert arrays["blocks.1.rwkv.memory_query.weight"].any()
 
 
+def assert_uniform(values, bound):
+    """Within +-bound, its ends reached: of n values the largest lies below (1 - 20/n) of the bound with probability exp(-20)."""
+    assert bound * (1 - 20 / values.size) < np.abs(values).max() <= bound
+    assert abs(values.mean()) < 5 * bound / math.sqrt(3 * values.size)  # five standard deviations of the mean
+
+
+@pytest.mark.parametrize("name, config", [
+    ("lam", LamConfig(vocab_size=301, dim=90, heads=3, depth=1, ffn_dim=143, max_positions=77)),
+    ("deltanet_lm", DeltaNetConfig(vocab_size=301, dim=90, heads=3, depth=1, ffn_dim=143, conv_kernel=5)),
+])
+def test_distributions_of_the_delta_models(name, config):
+    arrays = init_arrays(name, config, seed=1)
+    drawn = {key.removeprefix("blocks.0.").removeprefix("delta."): value for key, value in arrays.items() if key != "lm_head.weight"}
+    for key in ("word_embeddings", "position_embeddings", "token_type_embeddings") if name == "lam" else ("embedding",):
+        values = drawn.pop(f"{key}.weight")
+        # A sample of n normal values misses its standard deviation by 1/sqrt(2n), relative; five of those.
+        assert abs(values.std() / 0.02 - 1) < 5 / math.sqrt(2 * values.size)
+    for key in [key for key in drawn if "norm" in key]:
+        assert np.array_equal(drawn[key], np.full(drawn.pop(key).shape, 0 if key.endswith("bias") else 1)), key
+    if name == "lam":
+        assert np.array_equal(drawn.pop("fast_decay_bias"), np.full(3, math.log(0.3)))
+        assert np.array_equal(drawn.pop("slow_decay_bias"), np.full(3, math.log(0.9)))
+        assert np.array_equal(drawn.pop("rule.temp"), np.full(3, math.sqrt(30)))
+        bilinear = drawn.pop("rule.W_bilinear")
+        assert bilinear.shape == (3, 30, 30)
+        assert_uniform(bilinear, 0.1 * math.sqrt(6 / 60))
+        for flux, inputs in (("token_flux", 60), ("chunk_flux", 61)):
+            assert_uniform(drawn.pop(f"rule.{flux}.hidden.weight"), 0.1 * math.sqrt(6 / (inputs + 15)))
+            values = drawn.pop(f"rule.{flux}.out.weight")
+            assert values.any() and np.abs(values).max() <= 0.1 * math.sqrt(6 / 16)  # 15 values: too few to reach the ends
+    for key in [key for key in drawn if key.endswith("bias")]:
+        assert not drawn.pop(key).any(), key
+    kernel, left = 4 if name == "lam" else 5, {key.removesuffix(".weight") for key in drawn}
+    wide = {"ffn_in", "ffn_out"} if name == "lam" else {"w1", "w2", "w3"}
+    per_head = {"fast_decay_proj", "slow_decay_proj", "fast_gate_proj", "slow_gate_proj"} if name == "lam" else set()
+    convolutions = {"q_conv1d", "k_conv1d", "v_conv1d"}
+    assert left == wide | per_head | convolutions | {"q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "b_proj"}
+    for key in left:
+        assert_uniform(drawn[f"{key}.weight"], 1 / math.sqrt(kernel if key in convolutions else 143 if key in ("ffn_out", "w2") else 90))
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None])
 def test_impossible_seed(seed):
     with pytest.raises(ValueError, match="seed must be a non-negative integer"):
@@ -92,7 +133,7 @@ def test_impossible_seed(seed):
 
 
 def test_unknown_model_and_foreign_config():
-    with pytest.raises(ValueError, match="model must be one of 'grounded_mamba', found 'mamba'"):
+    with pytest.raises(ValueError, match="model must be one of 'grounded_mamba', 'deltanet_lm', 'lam', found 'mamba'"):
         init_arrays("mamba", SMALL)
     with pytest.raises(TypeError, match="must be a GroundedMambaConfig, found dict"):
         init_arrays("grounded_mamba", {"dim": 12})

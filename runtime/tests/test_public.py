@@ -5,17 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.models import GroundedMambaConfig
+from conf.models import GroundedMambaConfig, LamConfig
 from runtime import public, read_arrays
 from runtime.init import init_arrays
 
 NAME = "grounded_mamba"
-GOLDEN = Path(__file__).resolve().parents[2] / "parity_tests" / "golden" / "groundthink_small.npz"
+GOLDEN = Path(__file__).resolve().parents[2] / "parity_tests" / "golden"
+
+
+def golden_weights(file):
+    return {key.removeprefix("weights/"): value for key, value in read_arrays(GOLDEN / file).items() if key.startswith("weights/")}
 
 
 @pytest.fixture(scope="module")
 def weights():
-    return {key.removeprefix("weights/"): value for key, value in read_arrays(GOLDEN).items() if key.startswith("weights/")}
+    return golden_weights("groundthink_small.npz")
+
+
+@pytest.fixture(scope="module")
+def lam_weights():
+    return golden_weights("lam_small.npz")
 
 
 def test_groundthink_state_dict(weights):
@@ -69,3 +78,76 @@ def test_export_refuses_what_the_public_code_cannot_hold():
     config = GroundedMambaConfig.groundthink(vocab_size=19, dim=14, depth=1, ssm_dim=5, rwkv_heads=7, readout_norm=True)
     with pytest.raises(ValueError, match=r"unused: blocks\.0\.rwkv\.readout_norm\.weight, blocks\.0\.rwkv\.readout_norm\.bias"):
         public.export(NAME, init_arrays(NAME, config))
+
+
+def test_lam_names_and_sizes(lam_weights):
+    config = public.config("lam", lam_weights)
+    assert config == LamConfig(vocab_size=71, dim=32, heads=4, depth=2, ffn_dim=64, max_positions=64)
+    assert (config.gelu_repeats, config.transform, config.chunk_size) == (2, "lam", 64)
+    arrays = public.rename("lam", lam_weights)
+    assert arrays.keys() == init_arrays("lam", config).keys() and public.config("lam", arrays) == config
+    for ours, theirs in (
+        ("word_embeddings.weight", "teacher_model.embeddings.word_embeddings.weight"),
+        ("token_type_embeddings.weight", "teacher_model.embeddings.token_type_embeddings.weight"),
+        ("embedding_norm.bias", "teacher_model.embeddings.LayerNorm.bias"),
+        ("blocks.1.norm_delta.weight", "teacher_model.encoder.layer.1.attention.output.LayerNorm.weight"),
+        ("blocks.1.ffn_in.bias", "teacher_model.encoder.layer.1.intermediate.dense.bias"),
+        ("blocks.0.ffn_out.weight", "teacher_model.encoder.layer.0.output.dense.weight"),
+        ("blocks.0.norm_ffn.weight", "teacher_model.encoder.layer.0.output.LayerNorm.weight"),
+        ("blocks.1.delta.q_conv1d.weight", "deltanet_layers.1.q_conv1d.conv.weight"),
+        ("blocks.1.delta.rule.W_bilinear", "deltanet_layers.1.resonance_flux.W_bilinear"),
+        ("blocks.0.delta.rule.token_flux.hidden.weight", "deltanet_layers.0.resonance_flux.token_flux_proj.0.weight"),
+        ("blocks.0.delta.rule.chunk_flux.out.bias", "deltanet_layers.0.resonance_flux.flux_net.2.bias"),
+        ("blocks.1.delta.slow_decay_proj.bias", "deltanet_layers.1.slow_decay_proj.bias"),
+        ("blocks.0.delta.fast_decay_bias", "deltanet_layers.0.fast_decay_bias"),
+        ("blocks.1.delta.o_norm.gate", "deltanet_layers.1.o_norm.gate"),
+    ):
+        assert arrays[ours].dtype == np.float64 and np.array_equal(arrays[ours], lam_weights[theirs])
+    back = public.export("lam", arrays)
+    assert back.keys() == lam_weights.keys() and all(np.array_equal(back[key], value) for key, value in lam_weights.items())
+
+
+def test_lam_sizes_that_could_be_confused():
+    config = LamConfig(vocab_size=19, dim=14, heads=7, depth=3, ffn_dim=5, max_positions=11)
+    arrays = init_arrays("lam", config, seed=1)
+    assert public.config("lam", arrays) == public.config("lam", public.export("lam", arrays)) == config
+    single = {key: value.astype(np.float32) for key, value in public.export("lam", arrays).items()}
+    renamed = public.rename("lam", {f"module.{key}": value for key, value in single.items()})
+    assert all(value.dtype == np.float32 and np.array_equal(value, arrays[key].astype(np.float32)) for key, value in renamed.items())
+
+
+def test_the_teachers_attention_and_pooler_are_dropped(lam_weights):
+    layer = "teacher_model.encoder.layer.1.attention"
+    unused = {"teacher_model.embeddings.position_ids": np.arange(64)[None]}
+    dense = ["teacher_model.pooler.dense"] + [f"{layer}.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")]
+    unused |= {f"{name}.{leaf}": np.zeros(32) for name in dense for leaf in ("weight", "bias")}
+    arrays = public.rename("lam", lam_weights | unused)
+    assert arrays.keys() == public.rename("lam", lam_weights).keys()
+
+
+def test_what_is_no_public_lam(lam_weights):
+    without = {key: value for key, value in lam_weights.items() if "W_bilinear" not in key}
+    with pytest.raises(ValueError, match=r"no LAM checkpoint: .*found deltanet_layers\.0\.resonance_flux\.W_bilinear \(missing\)"):
+        public.config("lam", without)
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight \(shape \(71,\)\)"):
+        public.config("lam", {**lam_weights, "teacher_model.embeddings.word_embeddings.weight": np.zeros(71)})
+    with pytest.raises(ValueError, match=r"W_bilinear is \(3, 8, 8\), which does not multiply to the width 32"):
+        public.config("lam", {**lam_weights, "deltanet_layers.0.resonance_flux.W_bilinear": np.zeros((3, 8, 8))})
+    held = {key: value for key, value in lam_weights.items() if "k_conv1d.conv.bias" not in key}
+    more = {"lm_head.weight": np.zeros(3), "teacher_model.encoder.layer.0.attention.self.query.scale": np.zeros(3)}
+    with pytest.raises(ValueError, match="do not fit the public LAM") as caught:
+        public.rename("lam", held | more)
+    assert "missing: deltanet_layers.0.k_conv1d.conv.bias, deltanet_layers.1.k_conv1d.conv.bias; unmapped: " + ", ".join(more) in str(caught.value)
+    with pytest.raises(ValueError, match=r"b_proj\.weight is \(5, 32\), expected \(4, 32\)"):
+        public.rename("lam", {**lam_weights, "deltanet_layers.1.b_proj.weight": np.zeros((5, 32))})
+
+
+def test_export_of_a_lam_that_the_public_code_cannot_hold(lam_weights):
+    arrays = public.rename("lam", lam_weights) | {"blocks.0.delta.extra.weight": np.zeros(3)}
+    with pytest.raises(ValueError, match=r"unused: blocks\.0\.delta\.extra\.weight"):
+        public.export("lam", arrays)
+
+
+def test_a_model_that_nobody_published():
+    with pytest.raises(ValueError, match="no public checkpoint of 'deltanet_lm', only of 'grounded_mamba', 'lam'"):
+        public.rename("deltanet_lm", {})
