@@ -16,10 +16,14 @@ import numpy as np
 import torch
 from flax import nnx
 
-from conf.models import GroundedMambaConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
+from jax_impl import deltanet as jax_deltanet
 from jax_impl.grounded_mamba import GroundedMamba as JaxGroundedMamba
+from jax_impl.lam import LAM as JaxLAM
 from parity_tests.harness import Bound, Case, StateProtocol, Trajectory
+from torch_impl import deltanet as torch_deltanet
 from torch_impl.grounded_mamba import GroundedMamba as TorchGroundedMamba
+from torch_impl.lam import LAM as TorchLAM
 
 BATCH, LENGTH = 3, 19
 DEFAULT = GroundedMambaConfig(
@@ -126,8 +130,127 @@ def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, .
     )
 
 
-# The default and the public variant under every regime; the others, which share their layers, where a variant can part from them:
-# a carried state, an offset, and a last chunk that is ragged
+LAM = LamConfig(vocab_size=29, dim=35, heads=7, depth=2, ffn_dim=31, max_positions=23, chunk_size=6)
+DELTANET = DeltaNetConfig(vocab_size=29, dim=35, heads=7, depth=2, ffn_dim=31, chunk_size=6)
+LAYER_BOUNDS = (
+    Bound(1e-12, "one layer on equal input: float64 rounding of a port that computes in another order", on="forced"),
+    Bound(1e-11, "four chunks, each on the states of the one before, lose one digit more", on="free"),
+    Bound(1e-11, "a split only changes the order of float64 sums", on="splits"),
+    Bound(1e-10, "the way back through the chunks loses another digit", on="gradients"),
+)
+INSIDE_THE_RULE = {
+    "*.token_flux*": "its weights are read by the rule, which computes the flux before it cuts into chunks",
+    "*.chunk_flux*": "its weights are read by the rule, which computes the flux from the means of a chunk",
+}
+
+
+def right_padded(rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
+    """Masks (B, L) int64 of sentences of different lengths, the first one full."""
+    lengths = np.maximum(1, length - np.arange(batch) * length // 3)
+    return (np.arange(length) < lengths[:, None]).astype(np.int64)
+
+
+def sentences(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
+    """Random token ids (B, L) and their masks."""
+    rng, shape = np.random.default_rng(seed), (BATCH if batch is None else batch, LENGTH if length is None else length)
+    return {"input_ids": rng.integers(0, LAM.vocab_size, shape), "attention_mask": right_padded(rng, *shape)}
+
+
+def features(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
+    """Random features (B, L, D) and masks."""
+    rng, shape = np.random.default_rng(seed), (BATCH if batch is None else batch, LENGTH if length is None else length)
+    return {"x": rng.normal(size=(*shape, LAM.dim)), "mask": right_padded(rng, *shape) != 0}
+
+
+def rule_leaves(prefix: str) -> dict[str, Callable[..., np.ndarray]]:
+    """temp divides: it stays away from zero; decays are spread over (0, 1); fluxes stay between their clamps."""
+    return {
+        f"{prefix}rule.temp": lambda rng, shape: rng.uniform(1.0, 3.0, shape),
+        f"{prefix}*_decay_bias": lambda rng, shape: rng.uniform(-1.5, 1.5, shape),
+        f"{prefix}rule.*_flux.out.*": lambda rng, shape: rng.uniform(-0.7, 0.7, shape),
+    }
+
+
+def encoder(name: str, regimes: tuple[str, ...] | None = None) -> Case:
+    """LAM, padded batches: one chunk after another in torch against all chunks at once in the port. More tokens than positions at length 63."""
+    return Case(
+        name=name,
+        reference=lambda: TorchLAM(LAM, impl="recurrent"),
+        candidate=lambda: JaxLAM(LAM, rngs=nnx.Rngs(0)),
+        inputs=sentences,
+        leaves=rule_leaves("blocks.*.delta."),
+        regimes=regimes,
+        bounds=LAYER_BOUNDS,
+        not_forced=INSIDE_THE_RULE,
+        unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
+        sizes={"batch": BATCH, "length": LENGTH, "vocab": LAM.vocab_size, "dim": LAM.dim, "heads": LAM.heads, "head_dim": LAM.head_dim,
+               "ffn": LAM.ffn_dim, "positions": LAM.max_positions, "chunk": LAM.chunk_size},
+    )
+
+
+def layer(name: str, regimes: tuple[str, ...] | None = None, **choices: Any) -> Case:
+    """One centred DeltaNetLayer from given states, with the choices that LAM and DeltaNetLM leave out."""
+    kinds = ("S_fast", "S_slow") if choices["rule"] == "hierarchical" else ("S",)
+
+    def draw(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
+        given = features(seed, batch, length)
+        head = (len(given["x"]), LAM.heads, LAM.head_dim, LAM.head_dim)
+        states = {kind: np.random.default_rng([seed, i]).normal(size=head) for i, kind in enumerate(kinds)}
+        return (given if "S_fast" in kinds else {"x": given["x"]}) | states
+
+    def call(module: Any, inputs: dict[str, Any], _: Any) -> Any:
+        return module(inputs["x"], inputs.get("mask"), {kind: inputs[kind] for kind in kinds})
+
+    return Case(
+        name=name,
+        reference=lambda: torch_deltanet.DeltaNetLayer(LAM.dim, LAM.heads, chunk_size=6, impl="recurrent", **choices),
+        candidate=lambda: jax_deltanet.DeltaNetLayer(LAM.dim, LAM.heads, chunk_size=6, **choices, rngs=nnx.Rngs(0)),
+        inputs=draw,
+        call=(call, call),
+        leaves=rule_leaves("") if "S_fast" in kinds else {},
+        regimes=regimes,
+        bounds=LAYER_BOUNDS,
+        not_forced=INSIDE_THE_RULE if "S_fast" in kinds else {},
+        unobservable={"o_norm.gate": "kept for layers without an output gate"} if choices.get("output_gate", True) else {},
+        sizes={"batch": BATCH, "length": LENGTH, "dim": LAM.dim, "heads": LAM.heads, "head_dim": LAM.head_dim, "chunk": 6},
+    )
+
+
+def deltanet_lm(name: str, regimes: tuple[str, ...] | None = None) -> Case:
+    """The causal model: token after token in torch against the port's chunks, streams split anywhere."""
+    def states(seed: int, batch: int) -> list[dict[str, np.ndarray]]:
+        rng, config = np.random.default_rng(seed), DELTANET
+        shapes = {f"conv_{x}": (batch, config.conv_kernel - 1, config.dim) for x in "qkv"}
+        shapes |= {"S": (batch, config.heads, config.head_dim, config.head_dim)}
+        return [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(config.depth)]
+
+    return Case(
+        name=name,
+        reference=lambda: torch_deltanet.DeltaNetLM(DELTANET, impl="recurrent"),
+        candidate=lambda: jax_deltanet.DeltaNetLM(DELTANET, rngs=nnx.Rngs(0)),
+        inputs=inputs,
+        ties={"lm_head.weight": "embedding.weight"},
+        regimes=regimes,
+        states=StateProtocol(initial=states, detached=True),
+        trajectory=Trajectory(lr=3e-3),
+        loss=(torch_loss, jax_loss),
+        bounds=LAYER_BOUNDS,
+        unpaired={"lm_head": "the port ties its head by attending to the embedding"},
+        unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
+        sizes={"batch": BATCH, "length": LENGTH, "vocab": DELTANET.vocab_size, "dim": DELTANET.dim, "heads": DELTANET.heads,
+               "head_dim": DELTANET.head_dim, "ffn": DELTANET.ffn_dim, "kernel": DELTANET.conv_kernel},
+    )
+
+
+# The default, the public variant and the two other models under every regime; the others, which share their layers, where a variant can
+# part from them: a carried state, an offset, and a last chunk that is ragged
 SOME = ("as is", "carried state", "+ 100", "length 63")
-FULL = [grounded_mamba(name, VARIANTS[name]) for name in ("grounded_mamba", "groundthink")]
-CASES = FULL + [grounded_mamba(name, config, SOME) for name, config in VARIANTS.items() if name not in ("grounded_mamba", "groundthink")]
+FULL = [
+    grounded_mamba("grounded_mamba", DEFAULT), grounded_mamba("groundthink", VARIANTS["groundthink"]), encoder("lam"), deltanet_lm("deltanet_lm"),
+]
+CASES = [
+    *FULL,
+    *(grounded_mamba(name, config, SOME) for name, config in VARIANTS.items() if name not in ("grounded_mamba", "groundthink")),
+    layer("delta_net_layer_learned_gate", ("as is", "+ 100", "length 63"), rule="hierarchical", output_gate=False, transform="exact"),
+    layer("delta_net_layer_plain_same", ("as is", "length 63"), rule="plain", conv_kernel=3),
+]
