@@ -69,6 +69,7 @@ def _loop(state: Session, tracker: Tracker, console: Console) -> float:
     seconds, saved = state.seconds, None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
     live = console.is_terminal
+    stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
     with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, Progress(*columns, console=console, disable=not live) as progress:
         bar = progress.add_task("training", total=last, completed=state.start, figures="")
         window_tokens, window_seconds = 0, 0.0
@@ -96,7 +97,7 @@ def _loop(state: Session, tracker: Tracker, console: Console) -> float:
                 speed = f"{values['time/tokens_per_second']:.0f} tokens/s"
                 figures = f"loss {result.losses['loss']:.3f}  {values['train/bits_per_token']:.3f} bits  {speed}"
                 progress.update(bar, figures=figures)
-                if not live and ("validation/bits_per_byte" in values or done == last or done % max(last // 20, 1) == 0):
+                if not live and ("validation/bits_per_byte" in values or done == last or done % stride == 0):
                     held = f"  validation {values['validation/bits_per_byte']:.3f} bits/byte" if "validation/bits_per_byte" in values else ""
                     console.print(f"step {done}/{last}  {figures}{held}", highlight=False)
             progress.update(bar, completed=done)

@@ -17,7 +17,8 @@ from jax_impl.functional import LamModel
 from jax_impl.lam import LAM
 from jax_impl.weights import flatten
 
-SMALL = LamConfig(vocab_size=29, dim=15, heads=3, depth=2, ffn_dim=22, max_positions=11, max_length=40, chunk_size=3)  # psi is seen from the third chunk on
+# chunks so short that psi, which is seen from the third chunk on, matters in the second sentence
+SMALL = LamConfig(vocab_size=29, dim=15, heads=3, depth=2, ffn_dim=22, max_positions=11, max_length=40, chunk_size=3)
 LENGTHS = np.array([17, 10, 1])
 MASK = (np.arange(17) < LENGTHS[:, None]).astype(np.int32)
 
@@ -60,6 +61,14 @@ def test_padding_and_neighbours_do_not_matter() -> None:
         refilled = apply(variables, np.where(MASK, ids, 28 - ids), MASK, True)
         assert (refilled.last_hidden_state == together.last_hidden_state).all() and (refilled.embedding == together.embedding).all()
         assert abs(jnp.linalg.norm(together.embedding, axis=1) - 1).max() < 1e-15 and alone.hidden_states is None
+
+
+def test_a_layer_does_not_see_what_stands_in_the_padding() -> None:
+    model, variables, _ = make(dataclasses.replace(SMALL, depth=1))
+    x, noise = np.random.default_rng(0).normal(size=(2, 3, 17, 15)).astype(np.float32)
+    layer = jax.jit(lambda x, mask: model.merge(variables).blocks[0].delta(x, mask), compiler_options=QUICK)
+    (y, state), (again, other) = (layer(np.where(MASK[..., None], x, rest), MASK == 1) for rest in (0, noise))
+    assert (y == again).all() and all((state[name] == other[name]).all() for name in ("S_fast", "S_slow"))
 
 
 def test_remat_recomputes_every_block() -> None:

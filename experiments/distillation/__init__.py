@@ -1,0 +1,1 @@
+"""Distillation of LAM from a BERT-like encoder: the teacher, texts, cached outputs, loss, training."""
