@@ -81,8 +81,8 @@ class DistilOptimiserConfig:
     Weight decay is on matrices alone. `train_embeddings` moves the tables and their norm too, at the second rate.
     """
 
-    delta_rate: float = 2e-3
-    teacher_rate: float = 4e-4
+    delta_rate: float = 1e-3
+    teacher_rate: float = 2e-4
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.98
@@ -121,7 +121,7 @@ class DistilLossConfig:
 class DistilTrainingConfig:
     """Passes over the texts in batches of at most `batch_tokens` tokens, padding included. `stop_at` ends a run early, schedule unchanged."""
 
-    epochs: int = 4
+    epochs: int = 2
     stop_at: int | None = None
     batch_tokens: int = 768
     log_every: int = 10
