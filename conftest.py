@@ -19,3 +19,10 @@ def compiled_programs_end_with_their_file() -> Iterator[None]:
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def absl_does_not_close_what_pytest_captures_into() -> None:
+    """Hydra's logging set-up closes every handler, and absl's (which optax imports) closes the stream that stderr was when it was made."""
+    if "absl.logging" in sys.modules:
+        sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
