@@ -30,6 +30,7 @@ from experiments.checkpoint import newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
 from experiments.errors import RunError
+from runtime.build import check_backend
 
 USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave distil [OVERRIDE ...] [-m]
@@ -63,6 +64,14 @@ def _train(config: TrainConfig, folder: Path, group: str | None) -> int:
     return 0
 
 
+def _check_train(config: TrainConfig) -> None:
+    check_path(config.data)
+    try:
+        check_backend(config.architecture, config.backend.name)
+    except (ValueError, ImportError) as error:
+        raise RunError(f"backend: {error}") from error
+
+
 def _check_distil(config: DistilConfig) -> None:
     from experiments.distillation import teacher, texts
 
@@ -91,7 +100,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, group: str | None) -> int:
 
 COMMANDS = {
     "train": Command(
-        lambda config: check_path(config.data), lambda config: f"{config.architecture}-{config.backend.name}-seed{config.seed}", _train,
+        _check_train, lambda config: f"{config.architecture}-{config.backend.name}-seed{config.seed}", _train,
         "interrupted; resume=auto goes on from the newest checkpoint",
     ),
     "distil": Command(_check_distil, lambda config: f"distil-seed{config.seed}", _distil, "interrupted; saved models are in checkpoints/"),

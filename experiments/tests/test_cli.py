@@ -79,6 +79,7 @@ WRONG = {
     "unknown flag": (["--fast"], "unrecognized arguments: --fast"),
     "config path": (["--config-name=other"], "not supported"),
     "missing data": (["data.path=/nowhere/at/all"], "data.path: no file or folder /nowhere/at/all"),
+    "backend that the model lacks": (["model=deltanet_lm_tiny"], "backend: backend of 'deltanet_lm' must be one of 'torch', 'jax'"),
     "bad config printed": (["--cfg", "job", "model.dim=97"], "found dim=97"),
 }
 
