@@ -144,7 +144,7 @@ INSIDE_THE_RULE = {
 }
 
 
-def right_padded(rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
+def right_padded(batch: int, length: int) -> np.ndarray:
     """Masks (B, L) int64 of sentences of different lengths, the first one full."""
     lengths = np.maximum(1, length - np.arange(batch) * length // 3)
     return (np.arange(length) < lengths[:, None]).astype(np.int64)
@@ -153,13 +153,13 @@ def right_padded(rng: np.random.Generator, batch: int, length: int) -> np.ndarra
 def sentences(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
     """Random token ids (B, L) and their masks."""
     rng, shape = np.random.default_rng(seed), (BATCH if batch is None else batch, LENGTH if length is None else length)
-    return {"input_ids": rng.integers(0, LAM.vocab_size, shape), "attention_mask": right_padded(rng, *shape)}
+    return {"input_ids": rng.integers(0, LAM.vocab_size, shape), "attention_mask": right_padded(*shape)}
 
 
 def features(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
     """Random features (B, L, D) and masks."""
     rng, shape = np.random.default_rng(seed), (BATCH if batch is None else batch, LENGTH if length is None else length)
-    return {"x": rng.normal(size=(*shape, LAM.dim)), "mask": right_padded(rng, *shape) != 0}
+    return {"x": rng.normal(size=(*shape, LAM.dim)), "mask": right_padded(*shape) != 0}
 
 
 def rule_leaves(prefix: str) -> dict[str, Callable[..., np.ndarray]]:

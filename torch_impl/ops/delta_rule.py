@@ -3,7 +3,7 @@
     plain:         S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = S_t^T q_t
     in a chunk:    N = -strict_lower(diag(beta) K K^T)    T = (I - N)^-1    U = T diag(beta) V    W = T diag(beta) K
                    U' = U - W S    O = Q S + lower(Q K^T) U'    S <- S + K^T U'
-    hierarchical:  a fast and a slow state, read normalised and updated once per chunk; steps 1 to 6 below
+    hierarchical:  a fast and a slow state, read normalised and updated once per chunk: `hierarchical_delta_rule`
 
 Sources: Schlag, Irie and Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers" (2021); Yang et al., "Parallelizing
 Linear Transformers with the Delta Rule over Sequence Length" (2024), section 3; LAM's hierarchical DeltaNet.
@@ -95,7 +95,7 @@ def hierarchical_delta_rule(
 
 
 def _one_chunk_after_another(q, k, k_b, v, fast_decay, slow_decay, fast_gate, slow_gate, chunk_mlp, bilinear, temp, valid, states, size, transform):
-    """Steps 4 to 6 as they stand. Gates carry their share of alpha; the rest as in `hierarchical_delta_rule`."""
+    """Chunk after chunk, as the equations stand. Gates carry their share of alpha; the rest as in `hierarchical_delta_rule`."""
     fast, slow = states
     outputs = []
     for start in range(0, q.shape[2], size):
