@@ -19,12 +19,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, WaveCoreConfig
 from jax_impl import weights
 from jax_impl.deltanet import DeltaNetLM
 from jax_impl.grounded_mamba import GroundedMamba
 from jax_impl.lam import LAM, LamOutput
-from jax_impl.state import State
+from jax_impl.state import CoreState, State
+from jax_impl.wavecore import Info, Levels, WaveCore
 
 Variables = dict[str, Any]
 
@@ -41,16 +42,16 @@ class FunctionalModel:
         self._build = build
         shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self._graph, params, buffers = nnx.split(shapes, nnx.Param, ...)
-        self._template = {"params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers)}
+        self._template = _collections(params, buffers)
 
-    def init(self, seed: int = 0) -> Variables:
-        """Variables drawn with JAX's generator."""
+    def init(self, seed: int | Array = 0) -> Variables:
+        """Variables drawn with JAX's generator, from a seed or a key."""
         _, params, buffers = nnx.split(self._build(nnx.Rngs(seed)), nnx.Param, ...)
-        return self._cast({"params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers)})
+        return self._cast(_collections(params, buffers))
 
     def merge(self, variables: Variables) -> Any:
         """The NNX module that holds `variables`."""
-        return nnx.merge(self._graph, variables["params"], variables["buffers"])
+        return nnx.merge(self._graph, variables["params"], variables.get("buffers", {}))
 
     def variables(self, arrays: dict[str, np.ndarray]) -> Variables:
         """Variables from a flat dict of torch names; ValueError names what is missing, unused or misshapen."""
@@ -71,6 +72,12 @@ class FunctionalModel:
             return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
         return jax.tree.map(cast, variables)
+
+
+def _collections(params: nnx.State, buffers: nnx.State) -> Variables:
+    """Both as plain nested dicts; a model without buffers has no such collection, so that {"params": ...} is all of it."""
+    held = nnx.to_pure_dict(buffers)
+    return {"params": nnx.to_pure_dict(params)} | ({"buffers": held} if held else {})
 
 
 class LanguageModel(FunctionalModel):
@@ -124,3 +131,46 @@ class LamModel(FunctionalModel):
     ) -> LamOutput:
         """See `LAM.__call__`. Pure and jittable, `output_hidden_states` static."""
         return self.merge(variables)(input_ids, attention_mask, output_hidden_states)
+
+
+class WaveCoreModel(FunctionalModel):
+    """WaveCore as a function of its variables, which are {"params": ...} alone. `dtype` as `FunctionalModel`'s; the rest as the module's."""
+
+    def __init__(self, config: WaveCoreConfig, obs_dim: int, action_dim: int, output_dim: int, *, dtype: str = "float32") -> None:
+        sized = config.sized(obs_dim, action_dim, output_dim)
+        super().__init__(sized, lambda rngs: WaveCore(config, obs_dim, action_dim, output_dim, rngs=rngs), dtype)
+
+    def apply(
+        self, variables: Variables, x_obs: Array, a_prev: Array, r_t: Array, s_prev: Array, w_prev: Array, p_prev: Array,
+        cms_memories: Levels, cms_keys: Levels,
+    ) -> tuple[Array | None, Info]:
+        """One step on a plain memory; see `WaveCore.__call__`. Pure and jittable."""
+        return self.merge(variables)(x_obs, a_prev, r_t, s_prev, w_prev, p_prev, cms_memories, cms_keys)
+
+    def step(self, variables: Variables, state: CoreState, x_obs: Array, a_prev: Array, r_t: Array) -> tuple[Array | None, CoreState, Info]:
+        """One step from a state; see `WaveCore.step`. Pure and jittable; the state's buffers may be donated."""
+        return self.merge(variables).step(state, x_obs, a_prev, r_t)
+
+    def rollout(self, variables: Variables, state: CoreState, x_obs: Array, a_prev: Array, r_t: Array) -> tuple[Array | None, CoreState, Info]:
+        """T steps from a state in one scan; see `WaveCore.rollout`. Pure and jittable."""
+        return self.merge(variables).rollout(state, x_obs, a_prev, r_t)
+
+    def init_state(self, batch: int | None = None) -> CoreState:
+        """Zeros: the state before the first step, for `batch` rows or without a batch axis."""
+        return self.merge(self._template).init_state(batch)
+
+    def state(self, s: Array, w: Array, p: Array, cms_memories: Levels, cms_keys: Levels) -> CoreState:
+        """The lazy state that holds given states and a plain memory."""
+        return self.merge(self._template).state(s, w, p, cms_memories, cms_keys)
+
+    def memories(self, state: CoreState) -> tuple[Levels, Levels]:
+        """The plain memories and keys of every level of a lazy state."""
+        return self.merge(self._template).memories(state)
+
+
+def make_core_model(
+    rng_key: Array, obs_dim: int, action_dim: int, output_dim: int, config: WaveCoreConfig | None = None, dtype: str = "float32"
+) -> tuple[WaveCoreModel, Variables]:
+    """A WaveCore and its variables {"params": ...}, drawn with `rng_key`; the default configuration when `config` is None."""
+    model = WaveCoreModel(WaveCoreConfig() if config is None else config, obs_dim, action_dim, output_dim, dtype=dtype)
+    return model, model.init(rng_key)

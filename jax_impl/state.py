@@ -1,15 +1,19 @@
 """States carried between calls, and the checks of what a caller hands in.
 
-A state is a list over blocks of {"ssm": (B, N), "wkv": (B, H, P, P)}: all that the model remembers, whatever the length.
-Values can be checked only outside `jit`; shapes are checked everywhere.
+A language model's is a list over blocks of {"ssm": (B, N), "wkv": (B, H, P, P)}; WaveCore's is a `CoreState`. Either is all that the model
+remembers, whatever the length. Values can be checked only outside `jit`; shapes are checked everywhere.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from conf.models import SizedWaveCoreConfig
 
 State = dict[str, Array]
 
@@ -59,3 +63,67 @@ def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
     if (valid[:, 1:] & ~valid[:, :-1]).any():
         row = int((valid[:, 1:] & ~valid[:, :-1]).any(1).argmax())
         raise ValueError(f"attention_mask: row {row} has padding before a valid token; padding must be on the right, without holes")
+
+
+class CoreState(NamedTuple):
+    """WaveCore between two steps. Level l of the memory is scales[l] * memories[l] and scales[l] * keys[l]; `norms` are those of `memories`."""
+
+    s: Array  # (B, d_s)
+    w: Array  # (B, d_w)
+    p: Array  # (B, d_p)
+    memories: tuple[Array, ...]  # (B, n, d) of every level
+    keys: tuple[Array, ...]  # (B, n, d_k)
+    norms: tuple[Array, ...]  # (B, n), squared
+    scales: tuple[Array, ...]  # ()
+
+
+def check_core(
+    config: SizedWaveCoreConfig, inputs: tuple[Array, ...], held: CoreState | tuple, dtype: jnp.dtype, *, time: bool = False
+) -> bool:
+    """Hold what WaveCore is given to its configuration; whether there is a batch axis.
+
+    `inputs`: x_obs, a_prev, r_t, with T in front where `time` is set. `held`: a `CoreState`, or s, w, p, memories and keys. Raises ValueError,
+    naming the argument, for a wrong number of levels, shape, batch or dtype, and for values that are not finite (a state's memory left out).
+    """
+    lazy = isinstance(held, CoreState)
+    named = dict(zip(("x_obs", "a_prev", "r_t"), inputs, strict=True))
+    owner = "state.{}" if lazy else "{}_prev"
+    states = {owner.format(name): value for name, value in zip("swp", held[:3], strict=True)}
+    widths = (config.obs_dim, config.action_dim, 1, config.d_s, config.d_w, config.d_p)
+    shapes: dict[str, tuple[int, ...]] = {name: (width,) for name, width in zip([*named, *states], widths, strict=True)}
+    slots = list(zip(config.cms_sizes, config.cms_dims, strict=True))
+    kinds = {"memories": slots, "keys": [(size, config.d_k) for size, _ in slots]}
+    memory = {}
+    if lazy:
+        kinds |= {"norms": [(size,) for size, _ in slots], "scales": [()] * len(slots)}
+    for kind, levels in zip(kinds, held[3:], strict=True):
+        name = f"state.{kind}" if lazy else f"cms_{kind}"
+        if not isinstance(levels, (list, tuple)) or len(levels) != config.num_levels:
+            found = f"{len(levels)} levels" if isinstance(levels, (list, tuple)) else type(levels).__name__
+            raise ValueError(f"{name} must be a tuple of {config.num_levels} levels, found {found}")
+        memory |= {f"{name}[{level}]": value for level, value in enumerate(levels)}
+        shapes |= {f"{name}[{level}]": shape for level, shape in enumerate(kinds[kind])}
+    first = inputs[0].shape[1:] if time else inputs[0].shape
+    if len(first) not in (1, 2) or 0 in first or first[-1] != config.obs_dim:
+        steps = "T, " if time else ""
+        raise ValueError(
+            f"x_obs must have shape ({steps}batch, {config.obs_dim}) or ({steps}{config.obs_dim},), none of them 0, found {tuple(inputs[0].shape)}")
+    rows = tuple(first[:-1])
+    for name, value in (named | states | memory).items():
+        found = tuple(value.shape[1:] if time and name in named else value.shape)
+        expected = shapes[name] if name.startswith("state.scales") else (*rows, *shapes[name])
+        if found != expected:
+            raise ValueError(f"{name} must have shape {expected} with x_obs {tuple(first)}, found {found}")
+        if value.dtype != dtype:
+            raise ValueError(f"{name} must have dtype {dtype}, as the weights have, found {value.dtype}")
+        looked_at = name in named or name in states or not lazy
+        if looked_at and not isinstance(value, jax.core.Tracer) and not np.isfinite(np.asarray(value)).all():
+            raise ValueError(f"{name} {tuple(value.shape)} must be finite, found NaN or infinity")
+    return bool(rows)
+
+
+def check_time(*inputs: Array) -> None:
+    """Raise ValueError unless x_obs, a_prev and r_t have the same number of steps, at least one."""
+    steps = [x.shape[0] if x.ndim else 0 for x in inputs]
+    if len(set(steps)) != 1 or steps[0] == 0:
+        raise ValueError(f"x_obs, a_prev and r_t must have the same number of steps, at least 1, along their first axis, found {steps}")

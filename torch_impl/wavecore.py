@@ -138,7 +138,7 @@ class HopeCore(nn.Module):
         self.particle_norm = nn.LayerNorm(config.d_p + config.d_c, eps=LN_EPS)
         self.particle_out = dense(config.d_p + config.d_c, config.d_p)
         self.gate = dense(config.d_s + config.d_e + config.d_c, config.d_s)
-        self.wave = MambaWave(config) if config.use_mamba_wave else LinearWave(config)
+        self.wave = (MambaWave if config.use_mamba_wave else LinearWave)(config)
 
     def forward(self, s: Tensor, w: Tensor, p: Tensor, e: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """s (B, d_s), w (B, d_w), p (B, d_p), e (B, d_e), c (B, d_c). Returns the next s, w and p, clipped."""
@@ -278,10 +278,13 @@ class WaveCore(nn.Module):
         """Zeros: the state before the first step, for `batch` rows or without a batch axis."""
         config, rows = self.config, () if batch is None else (batch,)
         levels = tuple(zip(config.cms_sizes, config.cms_dims, strict=True))
-        zeros = self.core.U_p.new_zeros
+
+        def zeros(*shape: int) -> Tensor:
+            return self.core.U_p.new_zeros((*rows, *shape))
+
         return self.state(
-            zeros((*rows, config.d_s)), zeros((*rows, config.d_w)), zeros((*rows, config.d_p)),
-            tuple(zeros((*rows, size, width)) for size, width in levels), tuple(zeros((*rows, size, config.d_k)) for size, _ in levels),
+            zeros(config.d_s), zeros(config.d_w), zeros(config.d_p),
+            tuple(zeros(*level) for level in levels), tuple(zeros(size, config.d_k) for size, _ in levels),
         )
 
     def state(self, s: Tensor, w: Tensor, p: Tensor, cms_memories: Levels, cms_keys: Levels) -> CoreState:
