@@ -1,0 +1,162 @@
+"""A core in its environment: returns of its policy, and how well its world model foresees what the policy does.
+
+    one step     x_(t+1) from the true x_t and a_t
+    open loop    from a start on, nothing of the environment is seen: the policy acts on what the world model predicted, the world model
+                 predicts from that and the policy's own action, both going on from the states that they have at the start
+    persistence  x_(t+h) = x_t
+
+Errors are root mean squares over starts and observation entries, in standard deviations of the training data. The policy is noise-free, and
+here is not told rewards, in the environment or out of it. Letters: B environments, H horizon, O observation width, A action width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conf.control_schema import ControlEvaluationConfig
+from experiments.control.dataset import Statistics
+from experiments.control.environments import Environment
+from experiments.control.rollouts import Episodes, one_hot
+from experiments.errors import RunError
+
+STATES = {"s": "fast_state", "w": "wave_state", "p": "particle_state"}
+
+
+class CorePolicy:
+    """A core as a policy: normalises what it is given, carries its state, and keeps what it thought of the first environment if asked."""
+
+    def __init__(self, model: Any, statistics: Statistics, *, record: bool = False) -> None:
+        """`model`: what `runtime.build("wavecore", ...)` made, on any backend."""
+        self._model, self._statistics, self._record = model, statistics, record
+        self._dtype = np.dtype(model.dtype)
+        self._state: Any = None
+        self._limit = model.config.state_saturation_limit
+        self.saturated: list[dict[str, np.ndarray]] = []  # per step, by state: share (B,) of entries at the limit
+        self.thoughts: list[dict[str, Any]] = []  # per step, of environment 0: s, w, p, attention by level, value
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Zero state for every environment."""
+        self._state, self.saturated, self.thoughts = self._model.init_state(len(seeds)), [], []
+
+    def act(self, observations: np.ndarray, previous_actions: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+        """(B, O), (B, A), (B, 1) in the environment's units -> actions, or logits, (B, A)."""
+        inputs = self._statistics.observations(observations), previous_actions, self._statistics.rewards(rewards)
+        y, self._state, info = self._model.step(self._state, *(np.asarray(part, dtype=self._dtype) for part in inputs))
+        states = {name: np.asarray(info[key]) for name, key in STATES.items()}
+        if self._limit:
+            self.saturated.append({name: (np.abs(value) >= self._limit).mean(-1) for name, value in states.items()})
+        if self._record:
+            attention = [np.asarray(level)[0] for level in info["attention_weights"]]
+            self.thoughts.append({name: value[0] for name, value in states.items()} | {"attention": attention, "value": float(info["value"][0, 0])})
+        return np.asarray(y)
+
+    def saturation(self, step: int) -> dict[str, float]:
+        """Share of the entries of s, w and p at the limit after `step` steps, or after the last one; mean over the environments."""
+        if not self.saturated:
+            return dict.fromkeys(STATES, 0.0)
+        return {name: float(share.mean()) for name, share in self.saturated[min(step, len(self.saturated)) - 1].items()}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Errors by horizon (H,) of the open loop and of persistence, and of one step along the true path; `starts` that were counted at each (H,)."""
+
+    model: np.ndarray
+    persistence: np.ndarray
+    one_step: float
+    one_step_persistence: float
+    starts: np.ndarray = field(repr=False)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Means over the horizons, and the ratio of model to persistence."""
+        model, persistence = float(self.model.mean()), float(self.persistence.mean())
+        return {
+            "one_step": self.one_step, "one_step_persistence": self.one_step_persistence, "open_loop": model, "open_loop_persistence": persistence,
+            "ratio": model / persistence,
+        }
+
+
+class _Streams:
+    """Policy and world model of one core, each with its own state, on normalised observations; no reward is known."""
+
+    def __init__(self, model: Any, rows: int, discrete: bool) -> None:
+        self._step, self._discrete, self._dtype = model.step, discrete, np.dtype(model.dtype)
+        self._policy, self._world = model.init_state(rows), model.init_state(rows)
+        self.action = np.zeros((rows, model.config.action_dim), dtype=self._dtype)
+        self._reward = np.zeros((rows, 1), dtype=self._dtype)
+
+    def copy(self) -> _Streams:
+        """Both streams as they are now; states are never written in place."""
+        other = object.__new__(_Streams)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def advance(self, observation: np.ndarray) -> np.ndarray:
+        """The policy acts on (B, O), the world model says what follows (B, O)."""
+        observation = observation.astype(self._dtype)
+        y, self._policy, _ = self._step(self._policy, observation, self.action, self._reward)
+        y = np.asarray(y)
+        self.action = (one_hot(y.argmax(-1), y.shape[1]) if self._discrete else y).astype(self._dtype)
+        _, self._world, info = self._step(self._world, observation, self.action, self._reward)
+        return np.asarray(info["next_obs"])
+
+
+def forecast(
+    model: Any, statistics: Statistics, environments: Sequence[Environment], seeds: Sequence[int], settings: ControlEvaluationConfig
+) -> Forecast:
+    """Forecasts from one start in each environment, after `warm_up` steps of the episode of its seed.
+
+    A start counts for the horizons that its episode reaches. Raises RunError where no episode reaches a horizon.
+    """
+    true = _Streams(model, len(environments), environments[0].discrete)
+    raw = np.stack([environment.reset(int(seed)) for environment, seed in zip(environments, seeds, strict=True)])
+    going = np.ones(len(environments), dtype=bool)
+    path, alive, said = [statistics.observations(raw)], [], []
+    imagined: _Streams | None = None
+    for t in range(settings.warm_up + settings.horizon):
+        if t == settings.warm_up:
+            imagined = true.copy()
+        said.append(true.advance(path[-1]))
+        raw = raw.copy()
+        for lane in np.flatnonzero(going):
+            raw[lane], _, ended, cut = environments[lane].step(true.action[lane])
+            going[lane] = not (ended or cut)
+            if cut and not ended and t + 1 < settings.warm_up + settings.horizon:
+                raise RunError(f"evaluation.horizon: an episode of {environments[lane].name} ends after {t + 1} steps; warm_up + horizon must fit into it")
+        path.append(statistics.observations(raw))
+        alive.append(going.copy())
+    assert imagined is not None
+    start, seen, here = path[settings.warm_up], [], path[settings.warm_up]
+    for _ in range(settings.horizon):
+        here = imagined.advance(here)
+        seen.append(here)
+    truth, told = np.stack(path[settings.warm_up + 1 :]), np.stack(said[settings.warm_up :])
+    # an observation counts where the episode had not ended before it: the last one of an episode is still true
+    kept = np.concatenate([np.ones_like(alive[:1]), alive[:-1]])[settings.warm_up :]  # (H, B)
+    if not kept.any(1).all():
+        raise RunError(f"evaluation.horizon: no episode reaches step {settings.warm_up + int(kept.any(1).argmin()) + 1}; lower warm_up or horizon")
+    before = np.stack(path[settings.warm_up : -1])
+    return Forecast(
+        _rms(np.stack(seen) - truth, kept), _rms(start - truth, kept), float(_pooled(told - truth, kept)), float(_pooled(before - truth, kept)), kept.sum(1))
+
+
+def _rms(error: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(H, B, O), (H, B) -> (H,)."""
+    return np.sqrt((np.square(error).mean(-1) * kept).sum(1) / kept.sum(1))
+
+
+def _pooled(error: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return np.sqrt((np.square(error).mean(-1) * kept).sum() / kept.sum())
+
+
+def back_to_back(episodes: Episodes, statistics: Statistics, steps: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a core saw in successive episodes, as one rollout of `steps` steps: x (steps, O), a (steps, A), r (steps, 1), repeated if need be."""
+    rows = np.arange(steps) % episodes.steps
+    parts = statistics.observations(episodes.observations), episodes.previous_actions, statistics.rewards(episodes.rewards)
+    x, a, r = (part[rows].astype(dtype) for part in parts)
+    return x, a, r
