@@ -157,7 +157,7 @@ class WaveCoreModel(FunctionalModel):
 
     def init_state(self, batch: int | None = None) -> CoreState:
         """Zeros: the state before the first step, for `batch` rows or without a batch axis."""
-        return self.merge(self._template).init_state(batch)
+        return self.merge(self._cast(self._template)).init_state(batch)
 
     def state(self, s: Array, w: Array, p: Array, cms_memories: Levels, cms_keys: Levels) -> CoreState:
         """The lazy state that holds given states and a plain memory."""

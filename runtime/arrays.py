@@ -1,7 +1,8 @@
 """What a model's arrays are: the name, shape and role of each, read off the configuration, and the check that holds a dict of arrays to it.
 
 A model is a flat dict, torch's parameter names -> NumPy arrays, whatever the backend. Letters in the shapes: D width, N state, H heads,
-P head width (d in the delta rule), V vocabulary, M slots of the memory bank, K kernel of a convolution.
+P head width (d in the delta rule), V vocabulary, M slots of the memory bank, K kernel of a convolution. WaveCore's widths have the names
+of its configuration.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 
-NAMES = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "lam": LamConfig}
+NAMES = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "lam": LamConfig, "wavecore": SizedWaveCoreConfig}
 DTYPES = ("float32", "float64")
 LAM_KERNEL = 4  # of the public LAM's convolutions; no field of its configuration
 
@@ -119,7 +120,61 @@ def _lam(config: LamConfig) -> dict[str, Entry]:
     return {**embeddings, **_affine("embedding_norm", dim), **_repeated(block, config.depth)}
 
 
-_LAYOUTS: dict[str, Callable[[Any], dict[str, Entry]]] = {"grounded_mamba": _grounded_mamba, "deltanet_lm": _deltanet_lm, "lam": _lam}
+def _under(owner: str, *parts: Mapping[str, Entry]) -> dict[str, Entry]:
+    return {f"{owner}.{name}": entry for part in parts for name, entry in part.items()}
+
+
+def _wavecore(config: SizedWaveCoreConfig) -> dict[str, Entry]:
+    fast, wave, particle, encoded, key, context = config.d_s, config.d_w, config.d_p, config.d_e, config.d_k, config.d_c
+    dims, inner = list(enumerate(config.cms_dims)), config.d_w // config.mamba_state_dim
+    core: dict[str, Entry] = {"U_p": Entry((fast, particle)), "U_w": Entry((fast, wave)), **_linear_bias("z_proj", particle, encoded)}
+    core |= {**_linear_bias("particle_in", particle + context, particle + context), **_affine("particle_norm", particle + context)}
+    core |= {**_linear_bias("particle_out", particle, particle + context), **_linear_bias("gate", fast, fast + encoded + context)}
+    if config.use_mamba_wave:
+        for name, outputs, inputs in (("wave_in", inner, particle + context), ("gate_proj", inner, particle + context), ("wave_out", wave, inner)):
+            core |= _under("wave", _linear_bias(name, outputs, inputs))
+        core |= {f"wave.ssm.{name}": Entry((inner, config.mamba_state_dim)) for name in ("a_raw", "B_base", "C_base")}
+        core |= _under("wave.ssm", {"D": Entry((inner,))}, *(_linear_bias(f"{name}_proj", inner, inner) for name in ("dt", "b", "c")))
+    else:
+        factor = Entry((wave, wave // 4))
+        core |= {"wave.A_diag": Entry((wave,)), "wave.A_U": factor, "wave.A_V": factor}
+        core |= _under("wave", _linear_bias("A_modulation", wave, context), _linear_bias("B_net", wave, context + particle))
+    heads = {"action": config.output_dim, "value": 1, "world_model": config.obs_dim}
+    hidden = (fast + context) // 2
+    return {
+        **_under(
+            "encoder",
+            *(_linear_bias("obs_in", 2 * encoded, config.obs_dim), _affine("obs_norm", 2 * encoded), _linear_bias("obs_out", encoded, 2 * encoded)),
+            *(_linear_bias("action", encoded // 2, config.action_dim), _linear_bias("reward", encoded // 4, 1)),
+            *(_linear_bias("join_in", 2 * encoded, encoded + encoded // 2 + encoded // 4), _affine("join_norm", 2 * encoded)),
+            *(_linear_bias("join_out", encoded, 2 * encoded), _affine("norm", encoded)),
+        ),
+        **_under(
+            "cms_read",
+            *(_linear_bias("query_in", fast + encoded, fast + encoded), _affine("query_norm", fast + encoded)),
+            _linear_bias("query_out", key, fast + encoded),
+            *(_linear(f"level_proj.{level}", context, size) for level, size in dims),
+            _linear_bias("mixing", config.num_levels, config.num_levels * context),
+        ),
+        **_under("core", core),
+        **_under(
+            "cms_write",
+            *(_linear_bias(f"value.{level}", size, fast + encoded) for level, size in dims),
+            *(_linear_bias(f"key.{level}", key, fast + encoded) for level, _ in dims),
+            *(_linear_bias(f"gate.{level}", 1, fast + encoded + 1) for level, _ in dims),
+        ),
+        **_under(
+            "decoder",
+            *(_linear_bias("hidden_in", fast + context, fast + context), _affine("hidden_norm", fast + context)),
+            _linear_bias("hidden_out", hidden, fast + context),
+            *(_linear_bias(name, outputs, hidden) for name, outputs in heads.items() if name in config.heads),
+        ),
+    }
+
+
+_LAYOUTS: dict[str, Callable[[Any], dict[str, Entry]]] = {
+    "grounded_mamba": _grounded_mamba, "deltanet_lm": _deltanet_lm, "lam": _lam, "wavecore": _wavecore,
+}
 _TIES = {"lm_head.weight": "embedding.weight"}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from conf.models import SizedWaveCoreConfig, WaveCoreConfig
 from runtime.arrays import check, check_config, check_dtype
 from runtime.init import init_arrays
 
@@ -23,8 +25,13 @@ MODELS: dict[str, dict[str, str | None]] = {
     "grounded_mamba": {"torch": None, "torch_compiled": "selective_scan", "jax": None},
     "deltanet_lm": {"torch": None, "jax": None},
     "lam": {"torch": None, "torch_compiled": "delta_rule", "jax": None, "cython": "delta_rule"},
+    "wavecore": {"torch": None, "jax": None},
 }
-_REFUSED = {("deltanet_lm", "torch_compiled"): ": the plain delta rule has no compiled kernel"}
+_REFUSED = {
+    ("deltanet_lm", "torch_compiled"): ": the plain delta rule has no compiled kernel",
+    ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
+    ("wavecore", "cython"): ": WaveCore has no compiled engine",
+}
 
 
 def build(
@@ -34,19 +41,29 @@ def build(
     arrays: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     seed: int = 0,
+    *,
+    obs_dim: int | None = None,
+    action_dim: int | None = None,
+    output_dim: int | None = None,
 ) -> Any:
     """A model that is called alike on every backend.
 
-    name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, or "lam",
-    `model(input_ids, attention_mask=None, output_hidden_states=False)`. config: its dataclass of `conf.models`. backend: "torch",
-    "torch_compiled" (the same modules over compiled kernels; not for "deltanet_lm"), "jax" or, for "lam", "cython" (compiled, no
-    gradients). arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from `seed` when None. dtype: "float32" or
-    "float64". The model has `.config`, `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
-    `.generate` and `.init_states` besides, GroundedMamba `.update_memory`.
+    name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
+    `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
+    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for
+    "deltanet_lm" and "wavecore"), "jax" or, for "lam", "cython" (compiled, no gradients). arrays: flat dict, torch names -> NumPy arrays,
+    copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore,
+    needed unless its configuration is sized, and of no other model.
 
-    Raises ValueError for an unknown name, backend or dtype and for missing, unused or misshapen arrays (all in one), TypeError for the
-    configuration of another model, ImportError, saying what to install, for a backend that is not there.
+    The model has `.config` (a WaveCore's is sized), `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
+    `.generate` and `.init_states` besides, GroundedMamba `.update_memory`, WaveCore `.step`, `.rollout`, `.init_state`, `.state`, `.memories`,
+    `.state_arrays` and `.load_state`.
+
+    Raises ValueError for an unknown name, backend or dtype, for missing, unused or misshapen arrays (all in one) and for widths that are
+    missing, wrong or not the model's, TypeError for the configuration of another model, ImportError, saying what to install, for a backend
+    that is not there.
     """
+    config = _sized(name, config, dict(obs_dim=obs_dim, action_dim=action_dim, output_dim=output_dim))
     check_config(name, config)
     check_dtype(dtype)
     check_backend(name, backend)
@@ -77,3 +94,24 @@ def check_backend(name: str, backend: str) -> None:
             cython_ext.kernel(kernels[backend])
         except ImportError as error:
             raise ImportError(f"backend {backend!r} needs the compiled kernels: {error}") from error
+
+
+def _sized(name: str, config: Any, widths: Mapping[str, int | None]) -> Any:
+    """`config` with the widths of a WaveCore; as it is for every other model, which must be given none."""
+    given = {key: value for key, value in widths.items() if value is not None}
+    if name != "wavecore":
+        if given:
+            raise ValueError(f"{', '.join(given)}: only 'wavecore' takes widths, found them with {name!r}")
+        return config
+    if isinstance(config, SizedWaveCoreConfig):
+        other = {key: value for key, value in given.items() if value != getattr(config, key)}
+        if other:
+            words = ", ".join(f"{key}={value} where the configuration has {getattr(config, key)}" for key, value in other.items())
+            raise ValueError(f"widths of 'wavecore' contradict its configuration: {words}")
+        return dataclasses.replace(config, **given)
+    if not isinstance(config, WaveCoreConfig):
+        raise TypeError(f"config of 'wavecore' must be a WaveCoreConfig, found {type(config).__name__}")
+    missing = [key for key in widths if key not in given]
+    if missing:
+        raise ValueError(f"'wavecore' needs the widths {', '.join(widths)}; missing: {', '.join(missing)}")
+    return config.sized(**given)

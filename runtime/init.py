@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 from runtime.arrays import Entry, layout
+
+_CUT_STD = 0.87962566103423978  # standard deviation of a standard normal that is cut at two
 
 
 def init_arrays(name: str, config: Any, seed: int = 0) -> dict[str, np.ndarray]:
@@ -97,6 +99,27 @@ def _delta(key: str, entry: Entry, config: DeltaNetConfig | LamConfig, generator
     return uniform_linear(shape, generator)
 
 
+def lecun(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Weight (outputs, inputs), normal, cut at two standard deviations, of variance 1 / inputs once it is cut."""
+    values = generator.standard_normal(shape)
+    while (cut := np.abs(values) > 2.0).any():
+        values[cut] = generator.standard_normal(int(cut.sum()))
+    return values / (_CUT_STD * math.sqrt(shape[-1]))
+
+
+def _wavecore(key: str, entry: Entry, config: SizedWaveCoreConfig, generator: np.random.Generator) -> np.ndarray:
+    shape, leaf = entry.shape, key.rpartition(".")[2]
+    if leaf in ("U_p", "U_w"):
+        return xavier(shape, generator, gain=1.0)
+    if leaf in ("a_raw", "B_base", "C_base"):
+        return 0.02 * generator.standard_normal(shape)
+    if leaf in ("A_U", "A_V"):
+        return 0.01 * generator.standard_normal(shape)
+    if leaf in ("bias", "D", "A_diag"):
+        return np.zeros(shape)
+    return lecun(shape, generator) if len(shape) == 2 else np.ones(shape)
+
+
 _DRAWS: dict[str, Callable[[str, Entry, Any, np.random.Generator], np.ndarray]] = {
-    "grounded_mamba": _grounded_mamba, "deltanet_lm": _delta, "lam": _delta,
+    "grounded_mamba": _grounded_mamba, "deltanet_lm": _delta, "lam": _delta, "wavecore": _wavecore,
 }

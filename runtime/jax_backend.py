@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_impl.functional import DeltaNetModel, GroundedMambaModel, LamModel
+from jax_impl.functional import DeltaNetModel, GroundedMambaModel, LamModel, WaveCoreModel
 from jax_impl.generate import generate
-from jax_impl.state import check_mask, check_states, check_token_ids
+from jax_impl.state import CoreState, check_core, check_mask, check_states, check_time, check_token_ids
+from runtime import core_state
 from runtime.arrays import layout
 
 
@@ -23,8 +24,8 @@ class JaxModel:
     """
 
     name: str
-    kind: type[Any]
-    static = "return_aux"
+    kind: Callable[..., Any]
+    static: str | tuple[str, ...] = "return_aux"
     backend = "jax"
 
     def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], dtype: str) -> None:
@@ -119,11 +120,99 @@ class JaxLam(JaxModel):
         return output if isinstance(input_ids, jax.Array) else _to_numpy(output)
 
 
-MODELS: dict[str, type[JaxModel]] = {model.name: model for model in (JaxGroundedMamba, JaxDeltaNetLM, JaxLam)}
+def _functional_core(config: Any, dtype: str) -> WaveCoreModel:
+    return WaveCoreModel(config, config.obs_dim, config.action_dim, config.output_dim, dtype=dtype)
+
+
+class JaxWaveCore(JaxModel):
+    """WaveCore in JAX; step, rollout and the call are each compiled once per shape of the input.
+
+    What a method returns is NumPy where x_obs is; a state comes back as NumPy only where it was NumPy too, so that it stays on its device from
+    step to step. No state that is given is donated. Raises ValueError, naming the argument, as the module does, values that are not finite
+    included.
+    """
+
+    name = "wavecore"
+    kind = staticmethod(_functional_core)
+    static = ()
+
+    def __call__(
+        self, x_obs: Any, a_prev: Any, r_t: Any, s_prev: Any, w_prev: Any, p_prev: Any, cms_memories: Any, cms_keys: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """One step on a plain memory; see `WaveCore.__call__`."""
+        with self._x64():
+            inputs, states = (tuple(map(self._leaf, leaves)) for leaves in ((x_obs, a_prev, r_t), (s_prev, w_prev, p_prev)))
+            held = (*states, *self._levels(cms_memories, cms_keys))
+            check_core(self.config, inputs, held, np.dtype(self.dtype))
+            results = self._apply(self.variables, *_own((*inputs, *held)))
+        return results if isinstance(x_obs, jax.Array) else _to_numpy(results)
+
+    def step(self, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
+        """One step from `state`; see `WaveCore.step`."""
+        return self._advance("step", state, x_obs, a_prev, r_t)
+
+    def rollout(self, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
+        """T steps from `state` in one scan, time first; see `WaveCore.rollout`."""
+        return self._advance("rollout", state, x_obs, a_prev, r_t)
+
+    def init_state(self, batch: int | None = None) -> CoreState:
+        """Zeros, as JAX arrays: the state before the first step, for `batch` rows or without a batch axis."""
+        with self._x64():
+            return self.model.init_state(batch)
+
+    def state(self, s: Any, w: Any, p: Any, cms_memories: Any, cms_keys: Any) -> CoreState:
+        """The lazy state that holds given states and a plain memory. Raises ValueError for wrong levels or shapes and for NaN."""
+        held = (*map(self._leaf, (s, w, p)), *self._levels(cms_memories, cms_keys))
+        core_state.check_state(self.config, core_state.flatten(held), self.dtype, plain=True)
+        with self._x64():
+            state = self.model.state(*_own(held))
+        return state if isinstance(s, jax.Array) else _to_numpy(state)
+
+    def memories(self, state: CoreState) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The plain memories (B, n, d) and keys (B, n, d_k) of every level of a lazy state."""
+        with self._x64():
+            held = self.model.memories(_own(self._state(state)))
+        return held if isinstance(state.s, jax.Array) else _to_numpy(held)
+
+    def state_arrays(self, state: CoreState) -> dict[str, np.ndarray]:
+        """Copies of a lazy state's arrays, flat: s, w, p, memories.l, keys.l, norms.l, scales.l."""
+        return _to_numpy(core_state.flatten(core_state.parts(state)))
+
+    def load_state(self, arrays: Mapping[str, Any]) -> CoreState:
+        """The state, as JAX arrays, that `state_arrays` of any backend gave. Raises ValueError, naming what is wrong, for other arrays."""
+        checked = core_state.check_state(self.config, arrays, self.dtype)
+        with self._x64():
+            return _own(CoreState(*core_state.nest(self.config, checked)))
+
+    def _advance(self, name: str, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
+        native = isinstance(x_obs, jax.Array)
+        with self._x64():
+            held, inputs = self._state(state), tuple(map(self._leaf, (x_obs, a_prev, r_t)))
+            if name == "rollout":
+                check_time(*inputs)
+            check_core(self.config, inputs, held, np.dtype(self.dtype), time=name == "rollout")
+            y, after, info = _compiled_core(self.config, self.dtype, name)(self.variables, *_own((held, *inputs)))
+        if native:
+            return y, after, info
+        return _to_numpy(y), after if isinstance(state.s, jax.Array) else _to_numpy(after), _to_numpy(info)
+
+    def _state(self, state: Any) -> CoreState:
+        return CoreState(*jax.tree.map(self._leaf, core_state.parts(state)))
+
+    def _levels(self, memories: Any, keys: Any) -> tuple[tuple[Any, ...], ...]:
+        named = (("cms_memories", memories), ("cms_keys", keys))
+        return tuple(tuple(map(self._leaf, core_state.levels(name, value))) for name, value in named)
+
+    def _leaf(self, value: Any) -> Any:
+        """An array of its own dtype, JAX's or NumPy's; numbers and lists of them get the weights'."""
+        return value if isinstance(value, jax.Array) else np.asarray(value, dtype=None if hasattr(value, "__array__") else self.dtype)
+
+
+MODELS: dict[str, type[JaxModel]] = {model.name: model for model in (JaxGroundedMamba, JaxDeltaNetLM, JaxLam, JaxWaveCore)}
 
 
 @lru_cache(maxsize=16)
-def _compiled(kind: type[Any], config: Any, dtype: str, static: str) -> tuple[Any, Callable[..., Any]]:
+def _compiled(kind: Callable[..., Any], config: Any, dtype: str, static: str | tuple[str, ...]) -> tuple[Any, Callable[..., Any]]:
     """The functional model, which holds no weights, and its jitted `apply`: a second model of the same sizes compiles nothing."""
     model = kind(config, dtype=dtype)
     return model, jax.jit(model.apply, static_argnames=static)
@@ -132,6 +221,17 @@ def _compiled(kind: type[Any], config: Any, dtype: str, static: str) -> tuple[An
 @lru_cache(maxsize=16)
 def _compiled_update(config: Any, dtype: str) -> Callable[..., Any]:
     return jax.jit(_compiled(GroundedMambaModel, config, dtype, JaxGroundedMamba.static)[0].update_memory)
+
+
+@lru_cache(maxsize=32)
+def _compiled_core(config: Any, dtype: str, name: str) -> Callable[..., Any]:
+    """The jitted "step" or "rollout" of the functional model."""
+    return jax.jit(getattr(_compiled(JaxWaveCore.kind, config, dtype, JaxWaveCore.static)[0], name))
+
+
+def _own(tree: Any) -> Any:
+    """NumPy leaves as JAX arrays. Copied: JAX may read an array that it was given after the call returns."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), tree)
 
 
 def _to_numpy(tree: Any) -> Any:

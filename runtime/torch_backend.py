@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from runtime import core_state
 from runtime.arrays import layout
 from torch_impl.deltanet import DeltaNetLM
 from torch_impl.grounded_mamba import GroundedMamba
 from torch_impl.lam import LAM
+from torch_impl.state import CoreState
+from torch_impl.wavecore import WaveCore
 
 _IMPLS = {"torch": "chunked", "torch_compiled": "compiled", "cython": "compiled"}
 
@@ -27,8 +30,11 @@ class TorchModel:
         """`arrays` complete and checked. The random numbers that the module's constructor draws do not advance torch's generator."""
         self.config, self.backend, self.dtype = config, backend, dtype
         with torch.random.fork_rng(devices=[]):
-            self.module = self.kind(config, impl=_IMPLS[backend]).to(getattr(torch, dtype))
+            self.module = self._make(config, backend).to(getattr(torch, dtype))
         self.module.load_state_dict({key: torch.from_numpy(value) for key, value in arrays.items()}, strict=True)
+
+    def _make(self, config: Any, backend: str) -> nn.Module:
+        return self.kind(config, impl=_IMPLS[backend])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers, flat, under torch's names."""
@@ -103,7 +109,86 @@ class TorchLam(TorchModel):
         return output if native else _to_numpy(output)
 
 
-MODELS: dict[str, type[TorchModel]] = {model.name: model for model in (TorchGroundedMamba, TorchDeltaNetLM, TorchLam)}
+class TorchWaveCore(TorchModel):
+    """WaveCore in torch.
+
+    What a method returns is NumPy, and without gradients, where x_obs is; a state comes back as NumPy only where it was NumPy too, so that it
+    stays on its device from step to step. Raises ValueError, naming the argument, as the module does.
+    """
+
+    name = "wavecore"
+    kind = WaveCore
+
+    def __call__(
+        self, x_obs: Any, a_prev: Any, r_t: Any, s_prev: Any, w_prev: Any, p_prev: Any, cms_memories: Any, cms_keys: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """One step on a plain memory; see `WaveCore.forward`."""
+        native, levels = isinstance(x_obs, torch.Tensor), self._levels(cms_memories, cms_keys)
+        inputs = map(self._leaf, (x_obs, a_prev, r_t, s_prev, w_prev, p_prev))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and native):
+            results = self.module(*inputs, *levels)
+        return results if native else _to_numpy(results)
+
+    def step(self, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
+        """One step from `state`; see `WaveCore.step`."""
+        return self._advance(self.module.step, state, x_obs, a_prev, r_t)
+
+    def rollout(self, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
+        """T steps from `state`, time first; see `WaveCore.rollout`."""
+        return self._advance(self.module.rollout, state, x_obs, a_prev, r_t)
+
+    def init_state(self, batch: int | None = None) -> CoreState:
+        """Zeros, as tensors: the state before the first step, for `batch` rows or without a batch axis."""
+        return self.module.init_state(batch)
+
+    def state(self, s: Any, w: Any, p: Any, cms_memories: Any, cms_keys: Any) -> CoreState:
+        """The lazy state that holds given states and a plain memory. Raises ValueError for wrong levels or shapes and for NaN."""
+        held = (*map(self._leaf, (s, w, p)), *self._levels(cms_memories, cms_keys))
+        core_state.check_state(self.config, _to_numpy(core_state.flatten(held)), self.dtype, plain=True)
+        state = self.module.state(*held)
+        return state if isinstance(s, torch.Tensor) else _copied(state)
+
+    def memories(self, state: CoreState) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The plain memories (B, n, d) and keys (B, n, d_k) of every level of a lazy state."""
+        held = self.module.memories(self._state(state))
+        return held if isinstance(state.s, torch.Tensor) else _to_numpy(held)
+
+    def state_arrays(self, state: CoreState) -> dict[str, np.ndarray]:
+        """Copies of a lazy state's arrays, flat: s, w, p, memories.l, keys.l, norms.l, scales.l."""
+        return _copied(core_state.flatten(core_state.parts(state)))
+
+    def load_state(self, arrays: Mapping[str, Any]) -> CoreState:
+        """The state, as tensors, that `state_arrays` of any backend gave. Raises ValueError, naming what is wrong, for other arrays."""
+        checked = core_state.check_state(self.config, arrays, self.dtype)
+        return self._state(CoreState(*core_state.nest(self.config, checked)))
+
+    def _make(self, config: Any, backend: str) -> nn.Module:
+        return self.kind(config, config.obs_dim, config.action_dim, config.output_dim)
+
+    def _advance(self, method: Any, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
+        native, held = isinstance(x_obs, torch.Tensor), self._state(state)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and native):
+            y, after, info = method(held, *map(self._leaf, (x_obs, a_prev, r_t)))
+        if native:
+            return y, after, info
+        return _to_numpy(y), after if isinstance(state.s, torch.Tensor) else _copied(after), _copied(info)
+
+    def _state(self, state: Any) -> CoreState:
+        return CoreState(*_map(self._leaf, core_state.parts(state)))
+
+    def _levels(self, memories: Any, keys: Any) -> tuple[tuple[torch.Tensor, ...], ...]:
+        named = (("cms_memories", memories), ("cms_keys", keys))
+        return tuple(tuple(map(self._leaf, core_state.levels(name, value))) for name, value in named)
+
+    def _leaf(self, value: Any) -> torch.Tensor:
+        """A tensor on the module's device, of the array's own dtype; numbers and lists of them get the weights'."""
+        if isinstance(value, torch.Tensor):
+            return value
+        array = np.asarray(value, dtype=None if hasattr(value, "__array__") else self.dtype)
+        return torch.as_tensor(np.require(array, requirements=["C", "W"]), device=self._device())
+
+
+MODELS: dict[str, type[TorchModel]] = {model.name: model for model in (TorchGroundedMamba, TorchDeltaNetLM, TorchLam, TorchWaveCore)}
 
 
 def _map(function: Any, tree: Any) -> Any:
@@ -117,3 +202,8 @@ def _map(function: Any, tree: Any) -> Any:
 
 def _to_numpy(tree: Any) -> Any:
     return _map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def _copied(tree: Any) -> Any:
+    """NumPy arrays that share no memory with the tensors of `tree`."""
+    return _map(np.array, _to_numpy(tree))

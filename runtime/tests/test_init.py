@@ -133,7 +133,7 @@ def test_impossible_seed(seed):
 
 
 def test_unknown_model_and_foreign_config():
-    with pytest.raises(ValueError, match="model must be one of 'grounded_mamba', 'deltanet_lm', 'lam', found 'mamba'"):
+    with pytest.raises(ValueError, match="model must be one of 'grounded_mamba', 'deltanet_lm', 'lam', 'wavecore', found 'mamba'"):
         init_arrays("mamba", SMALL)
     with pytest.raises(TypeError, match="must be a GroundedMambaConfig, found dict"):
         init_arrays("grounded_mamba", {"dim": 12})
