@@ -8,10 +8,13 @@ Letters: O observation width, A action width.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,10 +87,11 @@ class Environment:
         if not self.pictures:
             raise RunError(f"environment {self.name}: opened without pictures")
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _off_screen():
                 warnings.simplefilter("ignore")
                 drawn = self._wrapped.render()
         except Exception as error:  # renderers have no exception in common
+            _forget(error)
             raise RunError(f"environment {self.name}: no picture can be drawn: {_line(error)}{_display_hint(self.versions)}") from error
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3 or drawn.shape[2] != 3:
             raise RunError(f"environment {self.name}: its rgb_array picture must be (height, width, 3), found {type(drawn).__name__}")
@@ -124,8 +128,6 @@ def open_environment(name: str, *, pictures: bool = False, max_steps: int | None
         import gymnasium
     except ImportError as error:
         raise RunError("control needs the package gymnasium: pip install 'groundwave[train]'") from error
-    if pictures:
-        _off_screen()
     options: dict[str, Any] = {"render_mode": "rgb_array"} if pictures else {}
     if max_steps is not None:
         options["max_episode_steps"] = max_steps
@@ -137,6 +139,9 @@ def open_environment(name: str, *, pictures: bool = False, max_steps: int | None
         raise RunError(f"environment {name}: {_missing(_line(error))}") from error
     except (gymnasium.error.Error, ImportError) as error:
         raise RunError(f"environment {name}: {_line(error)}{_examples(error)}") from error
+    except Exception as error:  # an environment is somebody else's code, and mujoco's import fails in many ways for a bad MUJOCO_GL
+        hint = f"; MUJOCO_GL={os.environ['MUJOCO_GL']} is set" if "MUJOCO_GL" in os.environ else ""
+        raise RunError(f"environment {name}: it cannot be made: {type(error).__name__}: {_line(error)}{hint}") from error
     opened = Environment(made, made.spec.id if made.spec else name, pictures)
     if pictures:
         if "rgb_array" not in made.metadata.get("render_modes", ()):
@@ -146,18 +151,36 @@ def open_environment(name: str, *, pictures: bool = False, max_steps: int | None
     return opened
 
 
-def _off_screen() -> None:
-    """Renderers that look for a screen are told that there is none; what the user has set stays."""
+@contextlib.contextmanager
+def _off_screen() -> Iterator[None]:
+    """Where there is no screen, renderers are told so while they draw; what the user has set stays."""
+    told = {"PYGAME_HIDE_SUPPORT_PROMPT": "1"}
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+        told |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"}
+    told = {name: value for name, value in told.items() if name not in os.environ}
+    os.environ.update(told)
+    try:
+        yield
+    finally:  # a MUJOCO_GL that does not work keeps the next process from importing mujoco at all
+        for name in told:
+            os.environ.pop(name, None)
+
+
+def _forget(error: BaseException | None) -> None:
+    """Let go of what an error's frames hold: a viewer of gymnasium's that was never whole complains when it is collected, here unheard."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+    finally:
+        sys.unraisablehook = hook
 
 
 def _display_hint(versions: dict[str, str]) -> str:
     if "mujoco" not in versions:
         return ""
-    return f"; MuJoCo draws with MUJOCO_GL=egl, osmesa or glfw (now {os.environ.get('MUJOCO_GL', 'unset')})"
+    return f"; MuJoCo draws with MUJOCO_GL=egl, osmesa or glfw (set: {os.environ.get('MUJOCO_GL', 'none')})"
 
 
 def _versions(module: str) -> dict[str, str]:
