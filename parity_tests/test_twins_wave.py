@@ -132,7 +132,7 @@ class Torch:
 
 
 class Jax:
-    """As `Torch`, jitted; a function is compiled once for each structure of its arguments."""
+    """As `Torch`, jitted."""
 
     def __init__(self, config, arrays):
         self.model, self.programs = WaveCoreModel(config, OBS, ACTION, OUTPUT, dtype="float64"), {}
@@ -141,24 +141,22 @@ class Jax:
 
     def run(self, function, *arguments):
         with jax.enable_x64(True):
-            arguments = self.variables, *jax.tree.map(jax.numpy.asarray, arguments)
-            key = function, jax.tree.structure(arguments)
-            if key not in self.programs:
-                self.programs[key] = quickly(lambda variables, *rest: function(self.model.merge(variables), *rest), arguments)
-            return self.programs[key](*arguments)
+            if function not in self.programs:
+                self.programs[function] = quickly(lambda variables, *rest: function(self.model.merge(variables), *rest))
+            return self.programs[function](self.variables, *jax.tree.map(jax.numpy.asarray, arguments))
 
     def gradients(self, loss, *arguments):
         with jax.enable_x64(True):
             arguments = self.variables, *jax.tree.map(jax.numpy.asarray, arguments)
             every = tuple(range(len(arguments)))
             slopes = jax.grad(lambda variables, *rest: loss(self.model.merge(variables), *rest), argnums=every)
-            found, *rest = quickly(slopes, arguments)(*arguments)
+            found, *rest = quickly(slopes)(*arguments)
             return self.model.arrays(found), jax.tree.map(np.asarray, tuple(rest))
 
 
-def quickly(function, arguments):
-    """The program of a function, compiled in a third of the usual time: it runs a few times only."""
-    return jax.jit(function).lower(*arguments).compile(compiler_options=quick_options())
+def quickly(function):
+    """`function` jitted in a third of the usual time: it runs a few times only."""
+    return jax.jit(function, compiler_options=quick_options())
 
 
 BACKENDS = {"torch": Torch, "jax": Jax}
