@@ -2,6 +2,8 @@
 
     model = build("grounded_mamba", config, backend="torch", arrays=None, dtype="float32", seed=0)
     embeddings = LAM.from_pretrained(directory, backend="cython").encode(["Hello world"])
+    y, state, info = load_core(directory, backend="jax").step(state, x_obs, a_prev, r_t)
+    y, state, info = load_core(directory, backend="jax").step(state, x_obs, a_prev, r_t)
 
 Importing this package imports no framework.
 """
@@ -9,7 +11,8 @@ Importing this package imports no framework.
 from runtime import init, public
 from runtime.build import BACKENDS, build
 from runtime.checkpoint import load, save
+from runtime.core import load_core, save_core
 from runtime.files import read_arrays
 from runtime.lam import LAM
 
-__all__ = ["BACKENDS", "LAM", "build", "init", "load", "public", "read_arrays", "save"]
+__all__ = ["BACKENDS", "LAM", "build", "init", "load", "load_core", "public", "read_arrays", "save", "save_core"]

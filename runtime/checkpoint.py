@@ -4,6 +4,7 @@
     directory/model.safetensors                flat, torch's names; or, above 2 GB:
     directory/model-00001-of-00003.safetensors ... and model.safetensors.index.json
     directory/tokenizer.json                   where a tokenizer belongs to the model
+    directory/manifest.json                    of a WaveCore; its proof_of_learning.json is `runtime.core`'s
 
 A tied array is written once, under its first name. How a set is replaced whole: `runtime.files`.
 """
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from runtime import files
 from runtime.arrays import DTYPES, NAMES, check, check_name, check_shapes, layout, parameter_count
 from runtime.build import build
+from runtime.manifest import MANIFEST, check_count, check_fields, manifest_text, read_manifest
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -63,7 +65,8 @@ def save_arrays(
     }
     if index is not None:
         writers[INDEX] = partial(_write_text, text=json.dumps(index, indent=2) + "\n")
-    writers |= {file: partial(_write_text, text=text) for file, text in (texts or {}).items()}
+    texts = ({MANIFEST: manifest_text(config)} if name == "wavecore" else {}) | dict(texts or {})
+    writers |= {file: partial(_write_text, text=text) for file, text in texts.items()}
     description = {
         "format": FORMAT,
         "model": name,
@@ -92,13 +95,17 @@ def load_arrays(directory: str | os.PathLike[str]) -> tuple[str, Any, dict[str, 
 def load_set(directory: str | os.PathLike[str]) -> tuple[str, Any, dict[str, np.ndarray], str, dict[str, Path]]:
     """`load_arrays`, and the path of every file of the set."""
     directory = Path(directory)
-    description, paths = files.read_set(directory)
+    description, paths = files.find_set(directory)
     name, config, dtype, count = _read_description(directory / files.CONFIG, description)
+    if name == "wavecore":  # before the sha256, so that a manifest that lies is told so, and not only that it was altered
+        _check_manifest(directory, paths, config)
+    files.verify_set(directory, description, paths)
     headers = {path: files.header(path) for file, path in paths.items() if file.endswith(".safetensors")}
     # Before the layout of every block is laid out: a depth that the file cannot have.
     tensors = sum(map(len, headers.values()))
-    if config.depth > tensors:
-        raise ValueError(f"{directory / files.CONFIG} says depth={config.depth}, but the files hold {tensors} arrays")
+    depth = getattr(config, "depth", 0)
+    if depth > tensors:
+        raise ValueError(f"{directory / files.CONFIG} says depth={depth}, but the files hold {tensors} arrays")
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path, entries in headers.items():
         twice = found.keys() & entries.keys()
@@ -134,6 +141,13 @@ def _read_description(path: Path, description: Mapping[str, Any]) -> tuple[str, 
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return description["model"], config, description["dtype"], description["parameters"]
+
+
+def _check_manifest(directory: Path, paths: Mapping[str, Path], config: Any) -> None:
+    path = paths.get(MANIFEST, directory / MANIFEST)
+    manifest = read_manifest(path)
+    check_count(path, manifest, parameter_count("wavecore", config))
+    check_fields(path, manifest.get("config", {}), directory / files.CONFIG, dataclasses.asdict(config))
 
 
 def _kind(stored: str, dtype: str) -> str:

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 CONFIG = "config.json"
 _PENDING = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]*\.(writing|[0-9a-f]{64}\.pending)")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_OURS = re.compile(r"model.*\.(safetensors|index\.json)")
+_OURS = re.compile(r"model.*\.(safetensors|index\.json)|(manifest|proof_of_learning)\.json")
 _PREFERRED = ("model_state_dict", "state_dict", "model")
 
 
@@ -126,23 +126,41 @@ def read_set(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
 
     Raises FileNotFoundError where there is no `config.json` or a listed file is gone, ValueError, naming the file, for one that was altered.
     """
+    description, paths = find_set(directory)
+    verify_set(directory, description, paths)
+    return description, paths
+
+
+def find_set(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """`read_set` without the look at sizes and sha256, which `verify_set` takes."""
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG}, so it is no saved model")
     description = read_json(directory / CONFIG)
     paths = {}
     for name, facts in _files(directory, description).items():
         path = pending_path(directory, name, facts["sha256"])
-        path = path if path.is_file() else directory / name
-        if not path.is_file():
+        paths[name] = path if path.is_file() else directory / name
+        if not paths[name].is_file():
             raise FileNotFoundError(f"{directory / CONFIG} lists {name}, which is not there")
+    return description, paths
+
+
+def verify_set(directory: Path, description: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    """Hold what `find_set` found to `config.json`. Raises ValueError, naming the file, for one of another size or sha256."""
+    for name, facts in _files(directory, description).items():
+        path = paths[name]
         size = path.stat().st_size
         if size != facts["bytes"]:
             word = "truncated" if size < facts["bytes"] else "altered"
             raise ValueError(f"{path} is {word}: it has {size} bytes, {CONFIG} says {facts['bytes']}")
         if digest(path) != facts["sha256"]:
             raise ValueError(f"{path} is altered: its sha256 is not the one in {CONFIG}")
-        paths[name] = path
-    return description, paths
+
+
+def is_saved_set(directory: Path) -> bool:
+    """Whether `config.json` is one that `runtime.save` wrote: only those list the files of their set."""
+    config = directory / CONFIG
+    return config.is_file() and {"model", "files"} <= read_json(config).keys()
 
 
 def pending_path(directory: Path, name: str, sha256: str) -> Path:

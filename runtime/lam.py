@@ -56,7 +56,7 @@ class LAM:
         _check_backend(backend)
         directory = _directory(path)
         tokenizer_file = None
-        if _is_ours(directory):
+        if files.is_saved_set(directory):
             name, config, arrays, stored, paths = load_set(directory)
             if name != "lam":
                 raise ValueError(f"{directory} holds a {name!r}, expected a 'lam'")
@@ -150,12 +150,6 @@ def _directory(path: str | os.PathLike[str]) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(f"no directory {directory}; models are read from local directories, nothing is downloaded")
     return directory
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether config.json is one that `runtime.save` wrote: only those list the files of their set."""
-    config = directory / files.CONFIG
-    return config.is_file() and {"model", "files"} <= files.read_json(config).keys()
 
 
 def _read_public(directory: Path) -> tuple[Any, dict[str, np.ndarray], str]:

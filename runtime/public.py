@@ -6,6 +6,9 @@ missing, and wrappers may have left `module.` or `_orig_mod.` in front.
 LAM (`lam`): `deltanet_layers.i.*` and, as the embeddings, feed-forwards and norms are BERT's, `teacher_model.*`, wrapped or not. The teacher's
 attention and pooler, which LAM does not use, may be there and are dropped. The public code applies gelu twice; names cannot say otherwise, so
 a model with `gelu_repeats=1` is another model once exported.
+
+ContinuonBrain (`wavecore`): the parameter tree of its CoreModel, flat, with `/` between the parts and `params/` in front or not; Dense kernels
+are (in, out), U_p and U_w as they are used. The value and world-model heads, `decoder/value` and `decoder/world_model`, are ours.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.models import GroundedMambaConfig, LamConfig
+from conf.models import HEADS, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 from runtime.arrays import check, check_name, layout, shorten
 
 _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")
@@ -41,6 +44,25 @@ LAM_UNUSED = re.compile(
     r"|encoder\.layer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)\.(weight|bias))"
 )
 
+_CORE = {
+    "encoder": {
+        "obs_in": "Dense_0", "obs_norm": "LayerNorm_0", "obs_out": "Dense_1", "action": "Dense_2", "reward": "Dense_3",
+        "join_in": "Dense_4", "join_norm": "LayerNorm_1", "join_out": "Dense_5", "norm": "LayerNorm_2",
+    },
+    "cms_read": {
+        "query_in": "query_net/Dense_0", "query_norm": "query_net/LayerNorm_0", "query_out": "query_net/Dense_1", "mixing": "mixing_net",
+    },
+    "core": {
+        "z_proj": "z_projection", "particle_in": "particle/Dense_0", "particle_norm": "particle/LayerNorm_0", "particle_out": "particle/Dense_1",
+        "gate": "gate_net",
+    },
+    "decoder": {"hidden_in": "Dense_0", "hidden_norm": "LayerNorm_0", "hidden_out": "Dense_1", "action": "Dense_2"},
+}
+_CORE_LEVELS = {"cms_read.level_proj": "level_proj", **{f"cms_write.{name}": f"write_{name}" for name in ("value", "key", "gate")}}
+_CORE_LEVEL = re.compile(r"cms_read(?:/level_proj_|\.level_proj\.)(\d+)(?:/kernel|\.weight)")
+_CORE_DECAYS = {1: (0.1,), 2: (0.1, 0.05), 3: (0.1, 0.05, 0.01), 4: (0.1, 0.05, 0.02, 0.01)}  # of the presets; a fifth level as the fourth
+_LINEAR_WAVE = ("A_diag", "A_U", "A_V", "A_modulation", "B_net")
+
 
 class _Public(NamedTuple):
     rename: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
@@ -55,6 +77,10 @@ def rename(model: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def config(model: str, arrays: Mapping[str, Any]) -> Any:
     """The configuration under which `arrays`, in public names or ours, compute what the public code computes.
+
+    A WaveCore's is sized. No array shows `cms_sizes` and `cms_decays`: they are half of `cms_dims` and the decays of the preset with as many
+    levels, to be changed with `dataclasses.replace` where the checkpoint says otherwise; so are the clip, `mamba_dt_min`, `mamba_dt_scale` and
+    `output_type`, which are the defaults. `cms_write` is "slot0", as in the public code; `output_dim` is `action_dim` without an action head.
 
     Raises ValueError where the shapes contradict one another or the public code has no such model.
     """
@@ -165,7 +191,77 @@ def _lam_export(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {lam_name(name): value for name, value in check("lam", _lam_config(plain), plain, _dtype(plain)).items()}
 
 
+def core_name(name: str) -> str:
+    """The public name of one of WaveCore's arrays."""
+    owner, _, leaf = name.rpartition(".")
+    room, _, module = owner.partition(".")
+    public_room, (base, _, level) = "hope_core" if room == "core" else room, owner.rpartition(".")
+    if base in _CORE_LEVELS:
+        path = f"{room}/{_CORE_LEVELS[base]}_{level}"
+    elif module.partition(".")[0] == "wave":
+        inner = module.split(".")[1:]
+        path = "/".join([public_room, "wave" if (inner or [leaf])[0] in _LINEAR_WAVE else "mamba_wave", *inner])
+    else:
+        path = f"{public_room}/{_CORE[room].get(module, module)}" if module else public_room
+    return f"{path}/{('scale' if module.endswith('norm') else 'kernel') if leaf == 'weight' else leaf}"
+
+
+def _core_plain(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return _unwrapped({key.removeprefix("params/"): value for key, value in arrays.items()})
+
+
+def _core_config(arrays: Mapping[str, Any]) -> SizedWaveCoreConfig:
+    """Off the shapes, under public names or ours."""
+    plain = _core_plain(arrays)
+    levels = len({match[1] for match in map(_CORE_LEVEL.fullmatch, plain) if match})
+
+    def shape(name: str) -> tuple[int, ...] | None:
+        found = plain.get(core_name(name))
+        if found is not None:
+            return found.shape[::-1] if name.endswith(".weight") else found.shape
+        return None if name not in plain else plain[name].shape
+
+    linear = ["encoder.obs_in", "encoder.obs_out", "encoder.action", "cms_read.query_out"]
+    linear += [f"cms_read.level_proj.{level}" for level in range(max(levels, 1))]
+    needed = [*(f"{name}.weight" for name in linear), "core.U_p", "core.U_w"]
+    shapes = [shape(name) for name in needed]
+    wrong = [
+        f"{core_name(name)} ({'missing' if found is None else f'shape {found}'})"
+        for name, found in zip(needed, shapes, strict=True) if found is None or len(found) != 2
+    ]
+    if wrong:
+        raise ValueError(f"no WaveCore checkpoint: expected matrices under {', '.join(map(core_name, needed))}, found {', '.join(wrong)}")
+    (_, obs_dim), (d_e, _), (_, action_dim), (d_k, _), *projections, (d_s, d_p), (_, d_w) = shapes
+    dims, state, action = tuple(size for _, size in projections), shape("core.wave.ssm.a_raw"), shape("decoder.action.weight")
+    return SizedWaveCoreConfig(
+        d_s=d_s, d_w=d_w, d_p=d_p, d_e=d_e, d_k=d_k, d_c=projections[0][0], num_levels=levels, cms_sizes=tuple(max(size // 2, 1) for size in dims),
+        cms_dims=dims, cms_decays=_CORE_DECAYS.get(levels, _CORE_DECAYS[4] + (0.01,) * (levels - 4)),
+        use_mamba_wave=state is not None, mamba_state_dim=1 if state is None else state[-1], cms_write="slot0",
+        heads=tuple(head for head in HEADS if shape(f"decoder.{head}.weight") is not None),
+        obs_dim=obs_dim, action_dim=action_dim, output_dim=action_dim if action is None else action[0],
+    )
+
+
+def _core_rename(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    plain = _core_plain(arrays)
+    names = {core_name(name): name for name in layout("wavecore", _core_config(plain))}
+    missing = [public for public in names if public not in plain]
+    unmapped = [key for key in plain if key not in names]
+    if missing or unmapped:
+        problems = (f"{label}: {shorten(items)}" for label, items in (("missing", missing), ("unmapped", unmapped)) if items)
+        raise ValueError("arrays do not fit the public WaveCore: " + "; ".join(problems))
+    kept = {ours: plain[public].T if public.endswith("/kernel") else plain[public] for public, ours in names.items()}
+    return check("wavecore", _core_config(plain), kept, _dtype(kept))
+
+
+def _core_export(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    plain = _core_plain(arrays)
+    named = {core_name(name): value for name, value in check("wavecore", _core_config(plain), plain, _dtype(plain)).items()}
+    return {key: np.ascontiguousarray(value.T) if key.endswith("/kernel") else value for key, value in named.items()}
+
+
 _PUBLIC = {
     "grounded_mamba": _Public(_groundthink_rename, _groundthink_config, _groundthink_rename),
     "lam": _Public(_lam_rename, _lam_config, _lam_export),
+    "wavecore": _Public(_core_rename, _core_config, _core_export),
 }
