@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.schema import TrainConfig
 from experiments.checkpoint import newest_run
@@ -34,6 +35,7 @@ from runtime.build import check_backend
 
 USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave distil [OVERRIDE ...] [-m]
+       groundwave control [OVERRIDE ...] [-m]
        groundwave evaluate task=sts path=CSV model=FOLDER|teacher [OVERRIDE ...] [-m]
        groundwave evaluate task=documents model=FOLDER [OVERRIDE ...] [-m]
        groundwave compare RUN_A RUN_B [--band RUN_C ...] [--output FOLDER]
@@ -41,6 +43,8 @@ USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
 train     trains a language model; any field can be set, as in model.dim=96 backend=jax training.steps=300; -m sweeps over
           comma-separated values. `groundwave train --cfg job` prints every field, `--help` the groups.
 distil    trains the sentence encoder LAM to do as a BERT-like teacher does, as in data.sentences=FILE evaluation.sts=CSV.
+control   trains the robot core WaveCore on episodes of a scripted expert and puts it into the environment, as in
+          environment.name=Reacher-v5 backend=jax.
 evaluate  measures a saved LAM: task=sts correlates cosines of embeddings with the scores of (sentence, sentence, score);
           task=documents gives time and memory of documents of lengths=[5000,10000,20000] tokens.
 compare   compares the loss curves of two runs with what rounding alone does to a third.
@@ -86,6 +90,19 @@ def _distil(config: DistilConfig, folder: Path, group: str | None) -> int:
     return 0
 
 
+def _check_control(config: ControlConfig) -> None:
+    from experiments.control import run as control
+
+    control.check(config)
+
+
+def _control(config: ControlConfig, folder: Path, group: str | None) -> int:
+    from experiments.control import run as control
+
+    control.run(config, folder, group=group)
+    return 0
+
+
 def _check_evaluate(config: EvaluateConfig) -> None:
     from experiments import evaluate
 
@@ -104,6 +121,10 @@ COMMANDS = {
         "interrupted; resume=auto goes on from the newest checkpoint",
     ),
     "distil": Command(_check_distil, lambda config: f"distil-seed{config.seed}", _distil, "interrupted; saved models are in checkpoints/"),
+    "control": Command(
+        _check_control, lambda config: f"{config.environment.name.replace('/', '-')}-{config.backend.name}-seed{config.seed}", _control,
+        "interrupted; saved cores are in checkpoints/",
+    ),
     "evaluate": Command(_check_evaluate, lambda config: f"evaluate-{config.task}", _evaluate),
 }
 
@@ -181,7 +202,7 @@ def _job(config: DictConfig, root: str) -> None:
 
 
 def run_root(root: str, arguments: list[str]) -> int:
-    """`groundwave train`, `distil` or `evaluate`. Returns the exit status."""
+    """`groundwave train`, `distil`, `control` or `evaluate`. Returns the exit status."""
     prepared = prepare(arguments, root)
     GlobalHydra.instance().clear()
     register()

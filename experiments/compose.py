@@ -1,6 +1,6 @@
 """Configurations composed and validated as Hydra would, before it runs a job with them.
 
-A root is a YAML file with a schema: `train`, `distil`, `evaluate`. Whatever is wrong with its fields is a RunError of one line that names
+A root is a YAML file with a schema: `train`, `distil`, `control`, `evaluate`. Whatever is wrong with its fields is a RunError of one line that names
 the field.
 """
 
@@ -19,11 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
+from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
+from conf.models import WaveCoreConfig
 from experiments.errors import RunError
 
-ROOTS: dict[str, type] = {"train": schema.TrainConfig, "distil": DistilConfig, "evaluate": EvaluateConfig}
-MODULES = {"train": "conf", "distil": "conf", "evaluate": "conf.commands.evaluate"}  # the package that holds the root's YAML
+ROOTS: dict[str, type] = {"train": schema.TrainConfig, "distil": DistilConfig, "control": ControlConfig, "evaluate": EvaluateConfig}
+MODULES = {"train": "conf", "distil": "conf", "control": "conf", "evaluate": "conf.commands.evaluate"}  # the package that holds the root's YAML
 _NOISE = ("full_key:", "object_type=", "reference_type=", "See ", "To append", "Set the environment variable")
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 
@@ -34,10 +36,10 @@ def register() -> None:
     for name, kind in ROOTS.items():
         root = OmegaConf.structured(kind)
         _open(root)
-        if name == "train":
+        if name in ("train", "control"):
             root.model = "???"  # a group has to be chosen
         store.store(name=f"{name}_schema", node=root)
-    for name, config in schema.MODELS.items():
+    for name, config in {**schema.MODELS, "wavecore": WaveCoreConfig}.items():
         node = OmegaConf.structured(config)
         _open(node)
         store.store(group="schema", name=name, node=node)
@@ -58,7 +60,7 @@ def one_line(error: BaseException) -> str:
         text = str(here).split("Config search path:")[0]
         key = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.strip().startswith("full_key:")), "")
         kept = [line.strip() for line in text.splitlines() if not line.strip().startswith(_NOISE)]
-        text = " ".join(" ".join(kept).split()).rstrip(".")
+        text = " ".join(" ".join(kept).split()).split(" value: {")[0].rstrip(".")
         text = f"{key}: {text}" if key and key not in text else text
         if text and not any(text in part for part in parts):
             parts.append(text)

@@ -23,6 +23,7 @@ from experiments.control.environments import Environment
 from experiments.control.rollouts import Episodes, one_hot
 from experiments.errors import RunError
 
+EVALUATION_SEED, FORECAST_SEED = 0, 10_000  # the first of each; the seeds of recorded episodes begin at `dataset.FIRST_SEED`
 STATES = {"s": "fast_state", "w": "wave_state", "p": "particle_state"}
 
 
@@ -126,8 +127,6 @@ def forecast(
         for lane in np.flatnonzero(going):
             raw[lane], _, ended, cut = environments[lane].step(true.action[lane])
             going[lane] = not (ended or cut)
-            if cut and not ended and t + 1 < settings.warm_up + settings.horizon:
-                raise RunError(f"evaluation.horizon: an episode of {environments[lane].name} ends after {t + 1} steps; warm_up + horizon must fit into it")
         path.append(statistics.observations(raw))
         alive.append(going.copy())
     assert imagined is not None
@@ -142,21 +141,22 @@ def forecast(
         raise RunError(f"evaluation.horizon: no episode reaches step {settings.warm_up + int(kept.any(1).argmin()) + 1}; lower warm_up or horizon")
     before = np.stack(path[settings.warm_up : -1])
     return Forecast(
-        _rms(np.stack(seen) - truth, kept), _rms(start - truth, kept), float(_pooled(told - truth, kept)), float(_pooled(before - truth, kept)), kept.sum(1))
+        _rms(np.stack(seen) - truth, kept, 1), _rms(start - truth, kept, 1), float(_rms(told - truth, kept)), float(_rms(before - truth, kept)),
+        kept.sum(1),
+    )
 
 
-def _rms(error: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(H, B, O), (H, B) -> (H,)."""
-    return np.sqrt((np.square(error).mean(-1) * kept).sum(1) / kept.sum(1))
+def _rms(error: np.ndarray, kept: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Of (H, B, O) where (H, B) is set: (H,) for axis 1, of all together for None."""
+    return np.sqrt((np.square(error).mean(-1) * kept).sum(axis) / kept.sum(axis))
 
 
-def _pooled(error: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    return np.sqrt((np.square(error).mean(-1) * kept).sum() / kept.sum())
+def back_to_back(episodes: Episodes, statistics: Statistics, first: int, steps: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a core saw in successive episodes, as one rollout of `steps` steps from the beginning of episode `first`.
 
-
-def back_to_back(episodes: Episodes, statistics: Statistics, steps: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a core saw in successive episodes, as one rollout of `steps` steps: x (steps, O), a (steps, A), r (steps, 1), repeated if need be."""
-    rows = np.arange(steps) % episodes.steps
+    x (steps, O), a (steps, A), r (steps, 1); after the last episode the first follows.
+    """
+    rows = (episodes.offsets[first] + np.arange(steps)) % episodes.steps
     parts = statistics.observations(episodes.observations), episodes.previous_actions, statistics.rewards(episodes.rewards)
     x, a, r = (part[rows].astype(dtype) for part in parts)
     return x, a, r

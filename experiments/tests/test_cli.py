@@ -14,13 +14,16 @@ from omegaconf import OmegaConf
 import conf
 import runtime
 from conf import schema
+from conf.control_schema import ControlConfig
+from conf.models import WaveCoreConfig
 from experiments import cli
 
 TREE = Path(conf.__file__).parent
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in TREE.iterdir() if folder.is_dir() and list(folder.glob("*.yaml"))
 }
-CHOICES = [f"{group}={name}" for group, names in sorted(GROUPS.items()) for name in names]
+CHOICES = [f"{group}={name}" for group, names in sorted(GROUPS.items()) for name in names if not name.startswith("wavecore")]
+CORES = [name for name in GROUPS["model"] if name.startswith("wavecore")]
 
 
 def test_tree_is_found() -> None:
@@ -38,6 +41,20 @@ def test_every_yaml_composes_validates_and_builds(choice: str) -> None:
     assert isinstance(config, schema.TrainConfig) and isinstance(config.model, schema.MODELS[config.architecture])
     model = runtime.build(config.architecture, config.model, backend=config.backend.name, dtype=config.backend.dtype)
     assert model.arrays()["embedding.weight"].shape == (config.model.vocab_size, config.model.dim)
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_every_core_composes_validates_and_is_the_preset_that_it_names(name: str) -> None:
+    model = cli.validate(cli.composed([f"model={name}"], "control"), "control").model
+    heads, rate, clip = ("action", "value", "world_model"), {"wavecore_tiny": 2e-3}.get(name, 1e-3), 1.0
+    preset = {"wavecore_tiny": WaveCoreConfig.development, "wavecore_small": WaveCoreConfig.pi5_optimized, "wavecore_base": WaveCoreConfig}[name]
+    assert model == preset(heads=heads, learning_rate=rate, gradient_clip=clip)
+
+
+def test_control_yaml_and_schema_say_the_same_defaults() -> None:
+    composed, default = cli.validate(cli.composed([], "control"), "control"), ControlConfig()
+    for section in ("environment", "model", "backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint"):
+        assert getattr(composed, section) == getattr(default, section), section
 
 
 def test_yaml_and_schema_say_the_same_defaults() -> None:
