@@ -3,7 +3,6 @@
     model = build("grounded_mamba", config, backend="torch", arrays=None, dtype="float32", seed=0)
     embeddings = LAM.from_pretrained(directory, backend="cython").encode(["Hello world"])
     y, state, info = load_core(directory, backend="jax").step(state, x_obs, a_prev, r_t)
-    y, state, info = load_core(directory, backend="jax").step(state, x_obs, a_prev, r_t)
 
 Importing this package imports no framework.
 """

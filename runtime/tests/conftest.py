@@ -1,9 +1,9 @@
-"""A tiny LAM for the tests of this room: its sizes, weights in which every leaf matters, a tokenizer, and a BERT to be its teacher."""
+"""A tiny LAM and a tiny WaveCore for the tests of this room: sizes, weights in which every leaf matters, a tokenizer, a BERT to be LAM's teacher."""
 
 import numpy as np
 import pytest
 
-from conf.models import LamConfig
+from conf.models import LamConfig, WaveCoreConfig
 from runtime.init import init_arrays
 
 WORDS = [
@@ -11,6 +11,23 @@ WORDS = [
     "river", "house", "garden", "slowly", "today",
 ]
 LAM_CONFIG = LamConfig(vocab_size=61, dim=30, heads=3, depth=1, ffn_dim=23, max_positions=13, max_length=30, chunk_size=5)
+CORE_CONFIG = WaveCoreConfig(
+    d_s=13, d_w=21, d_p=9, d_e=11, d_k=5, d_c=15, num_levels=2, cms_sizes=(3, 6), cms_dims=(10, 14), cms_decays=(0.3, 0.2), mamba_state_dim=3,
+    heads=("action", "value", "world_model"), salience_threshold=0.45,
+).sized(19, 17, 22)
+
+
+@pytest.fixture(scope="session")
+def core_config():
+    """Awkward in every size, and so small a memory, with gates near the threshold, that a few steps choose rows and refuse others."""
+    return CORE_CONFIG
+
+
+@pytest.fixture(scope="session")
+def core_arrays():
+    """No leaf at zero or one."""
+    arrays, generator = init_arrays("wavecore", CORE_CONFIG, 4), np.random.default_rng(4)
+    return {key: value + 0.1 * generator.standard_normal(value.shape) for key, value in arrays.items()}
 
 
 @pytest.fixture(scope="session")

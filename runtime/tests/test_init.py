@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, WaveCoreConfig
 from runtime.arrays import layout, parameter_count
 from runtime.init import init_arrays
 
@@ -124,6 +124,32 @@ def test_distributions_of_the_delta_models(name, config):
     assert left == wide | per_head | convolutions | {"q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "b_proj"}
     for key in left:
         assert_uniform(drawn[f"{key}.weight"], 1 / math.sqrt(kernel if key in convolutions else 143 if key in ("ffn_out", "w2") else 90))
+
+
+@pytest.mark.parametrize("mamba", [True, False])
+def test_distributions_of_wavecore(mamba):
+    widths = dict(d_s=130, d_w=150, d_p=90, d_e=110, d_k=70, d_c=50, use_mamba_wave=mamba, mamba_state_dim=3)
+    config = WaveCoreConfig(**widths, heads=("action", "value", "world_model")).sized(190, 170, 30)
+    arrays = init_arrays("wavecore", config, seed=1)
+    for key in [key for key in arrays if key.endswith(("bias", ".D", "A_diag"))]:
+        assert not arrays.pop(key).any(), key
+    for key in [key for key in arrays if key.endswith("norm.weight")]:
+        assert np.array_equal(arrays[key], np.ones(arrays.pop(key).shape)), key
+    assert_uniform(arrays.pop("core.U_p"), math.sqrt(6 / 220))
+    assert_uniform(arrays.pop("core.U_w"), math.sqrt(6 / 280))
+    small = ("ssm.a_raw", "ssm.B_base", "ssm.C_base") if mamba else ("A_U", "A_V")
+    for key in [f"core.wave.{name}" for name in small]:
+        values, std = arrays.pop(key), 0.02 if mamba else 0.01
+        # A sample of n normal values misses its standard deviation by 1/sqrt(2n), relative, and its mean by 1/sqrt(n); five of those.
+        assert abs(values.std() / std - 1) < 5 / math.sqrt(2 * values.size) and abs(values.mean()) < 5 * std / math.sqrt(values.size)
+    for key, values in arrays.items():
+        assert key.endswith(".weight") and values.ndim == 2
+        cut = 2 / (0.87962566103423978 * math.sqrt(values.shape[1]))  # two standard deviations of the normal before it is cut
+        assert np.abs(values).max() <= cut
+        # The cut normal has a kurtosis of 2.4, below the normal's 3: n values miss its standard deviation by less than 1/sqrt(2n).
+        assert abs(values.std() * math.sqrt(values.shape[1]) - 1) < 5 / math.sqrt(2 * values.size), key
+    large = arrays["encoder.join_in.weight"]
+    assert np.abs(large).max() > 0.99 * 2 / (0.87962566103423978 * math.sqrt(large.shape[1]))  # 42,240 values, of which one in 430 is above
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None])

@@ -1,12 +1,15 @@
 """Public checkpoints: names, sizes off the shapes, and back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conf.models import GroundedMambaConfig, LamConfig
+import runtime
+from conf.models import GroundedMambaConfig, LamConfig, WaveCoreConfig
 from runtime import public, read_arrays
+from runtime.arrays import layout
 from runtime.init import init_arrays
 
 NAME = "grounded_mamba"
@@ -148,6 +151,83 @@ def test_export_of_a_lam_that_the_public_code_cannot_hold(lam_weights):
         public.export("lam", arrays)
 
 
+@pytest.fixture(scope="module")
+def core_weights():
+    return golden_weights("wavecore_small.npz")
+
+
+def test_wavecore_names_and_sizes(core_weights):
+    config = public.config("wavecore", core_weights)
+    expected = WaveCoreConfig(
+        d_s=24, d_w=16, d_p=12, d_e=24, d_k=8, d_c=20, cms_sizes=(5, 6, 7), cms_dims=(10, 12, 14), cms_decays=(0.1, 0.05, 0.01), cms_write="slot0")
+    assert config == expected.sized(obs_dim=11, action_dim=4, output_dim=6)
+    arrays = public.rename("wavecore", core_weights)
+    assert list(arrays) == list(layout("wavecore", config)) and public.config("wavecore", arrays) == config
+    for ours, theirs, turned in (
+        ("encoder.obs_out.weight", "encoder/Dense_1/kernel", True), ("encoder.action.weight", "encoder/Dense_2/kernel", True),
+        ("encoder.reward.bias", "encoder/Dense_3/bias", False), ("encoder.join_norm.weight", "encoder/LayerNorm_1/scale", False),
+        ("encoder.norm.bias", "encoder/LayerNorm_2/bias", False), ("cms_read.query_norm.weight", "cms_read/query_net/LayerNorm_0/scale", False),
+        ("cms_read.level_proj.1.weight", "cms_read/level_proj_1/kernel", True), ("cms_read.mixing.weight", "cms_read/mixing_net/kernel", True),
+        ("core.U_p", "hope_core/U_p", False), ("core.U_w", "hope_core/U_w", False), ("core.z_proj.weight", "hope_core/z_projection/kernel", True),
+        ("core.particle_out.bias", "hope_core/particle/Dense_1/bias", False), ("core.gate.weight", "hope_core/gate_net/kernel", True),
+        ("core.wave.gate_proj.weight", "hope_core/mamba_wave/gate_proj/kernel", True), ("core.wave.ssm.D", "hope_core/mamba_wave/ssm/D", False),
+        ("core.wave.ssm.c_proj.weight", "hope_core/mamba_wave/ssm/c_proj/kernel", True), ("cms_write.key.2.bias", "cms_write/write_key_2/bias", False),
+        ("cms_write.gate.0.bias", "cms_write/write_gate_0/bias", False), ("decoder.action.weight", "decoder/Dense_2/kernel", True),
+    ):
+        assert arrays[ours].dtype == np.float64 and np.array_equal(arrays[ours].T if turned else arrays[ours], core_weights[theirs]), ours
+    assert all(value.flags.c_contiguous for value in arrays.values())
+    back = public.export("wavecore", arrays)
+    assert back.keys() == core_weights.keys() and all(np.array_equal(back[key], value) for key, value in core_weights.items())
+    assert all(value.flags.c_contiguous for value in back.values())
+
+
+def test_wavecore_computes_what_the_public_code_computes(core_weights):
+    pytest.importorskip("torch")
+    golden = read_arrays(GOLDEN / "wavecore_small.npz")
+    config = replace(public.config("wavecore", core_weights), cms_sizes=(5, 7, 9))
+    model = runtime.build("wavecore", config, "torch", public.rename("wavecore", core_weights), "float64")
+    memory = (tuple(golden[f"inputs/cms_{kind}_{level}"] for level in range(3)) for kind in ("memory", "key"))
+    state = model.state(*(golden[f"inputs/{name}"] for name in "swp"), *memory)
+    y, state, info = model.rollout(state, *(golden[f"inputs/{name}"] for name in ("x_obs", "a_prev", "r_t")))
+    found = dict(info, y=y) | {f"cms_memory_{level}": value for level, value in enumerate(model.memories(state)[0])}
+    for name in ("y", "fast_state", "wave_state", "particle_state", "context", *(f"cms_memory_{level}" for level in range(3))):
+        expected = golden[f"outputs/{name}"]
+        # The bound that the project promises against the public code in float64.
+        assert np.linalg.norm(found[name] - expected) < 1e-10 * np.linalg.norm(expected), name
+
+
+@pytest.mark.parametrize("changes", [
+    dict(use_mamba_wave=False, num_levels=1, cms_sizes=(3,), cms_dims=(6,), cms_decays=(0.1,)),
+    dict(num_levels=5, cms_sizes=(1, 2, 3, 4, 5), cms_dims=(2, 4, 6, 8, 10), cms_decays=(0.1, 0.05, 0.02, 0.01, 0.01), heads=("world_model",)),
+    dict(num_levels=2, cms_sizes=(3, 5), cms_dims=(6, 10), cms_decays=(0.1, 0.05), heads=("action", "value", "world_model"), mamba_state_dim=7),
+])
+def test_wavecore_sizes_that_could_be_confused(changes):
+    config = WaveCoreConfig(**dict(d_s=13, d_w=21, d_p=9, d_e=11, d_k=5, d_c=15, mamba_state_dim=1, cms_write="slot0") | changes)
+    config = config.sized(19, 17, 22 if "action" in config.heads else 17)
+    arrays = init_arrays("wavecore", config, seed=1)
+    exported = public.export("wavecore", arrays)
+    assert public.config("wavecore", arrays) == public.config("wavecore", exported) == config
+    assert ("decoder/value/kernel" in exported) is ("value" in config.heads) and ("hope_core/wave/A_U" in exported) is not config.use_mamba_wave
+    renamed = public.rename("wavecore", {f"params/{key}": value.astype(np.float32) for key, value in exported.items()})
+    assert list(renamed) == list(arrays)
+    assert all(value.dtype == np.float32 and np.array_equal(value, arrays[key].astype(np.float32)) for key, value in renamed.items())
+
+
+def test_what_is_no_public_wavecore(core_weights):
+    without = {key: value for key, value in core_weights.items() if "level_proj" not in key}
+    with pytest.raises(ValueError, match=r"no WaveCore checkpoint: .*found cms_read/level_proj_0/kernel \(missing\)$"):
+        public.config("wavecore", without)
+    with pytest.raises(ValueError, match=r"found hope_core/U_w \(shape \(16,\)\)$"):
+        public.config("wavecore", core_weights | {"hope_core/U_w": np.zeros(16)})
+    held = {key: value for key, value in core_weights.items() if "gate_net" not in key} | {"decoder/Dense_3/bias": np.zeros(3)}
+    with pytest.raises(ValueError, match=r"missing: hope_core/gate_net/kernel, hope_core/gate_net/bias; unmapped: decoder/Dense_3/bias$"):
+        public.rename("wavecore", held)
+    with pytest.raises(ValueError, match=r"wrong shape: core\.z_proj\.weight is \(12, 23\), expected \(12, 24\)$"):
+        public.rename("wavecore", core_weights | {"hope_core/z_projection/kernel": np.zeros((23, 12))})
+    with pytest.raises(ValueError, match=r"unused: core\.wave\.A_diag$"):
+        public.export("wavecore", public.rename("wavecore", core_weights) | {"core.wave.A_diag": np.zeros(16)})
+
+
 def test_a_model_that_nobody_published():
-    with pytest.raises(ValueError, match="no public checkpoint of 'deltanet_lm', only of 'grounded_mamba', 'lam'"):
+    with pytest.raises(ValueError, match="no public checkpoint of 'deltanet_lm', only of 'grounded_mamba', 'lam', 'wavecore'"):
         public.rename("deltanet_lm", {})
