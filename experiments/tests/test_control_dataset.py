@@ -239,6 +239,7 @@ def test_windows_go_on_where_the_lane_was(carts: dataset.Dataset) -> None:
             assert count > 0 and np.array_equal(found.mask[:, lane], np.arange(context) < count)
             rows = slice(episodes.offsets[episode] + time, episodes.offsets[episode] + time + count)
             rows_seen[rows] += 1
+            assert (found.observations[count:, lane] == found.observations[count - 1, lane]).all()
             for name in ("previous_actions", "targets", "actions"):
                 assert np.array_equal(getattr(found, name)[:count, lane], getattr(episodes, name)[rows])
             for name in ("observations", "next_observations"):
@@ -267,7 +268,7 @@ def test_windows_depend_on_seed_and_step_alone(small: dataset.Dataset) -> None:
     assert one.steps_per_epoch == 7 * 5 // 3
     assert sorted(one.batch(0).time) == [0, 5, 15]  # 0, 1/3 and 2/3 of five windows
     starts = [episode for step in range(40) for episode, fresh in zip(one.batch(step).episode, one.batch(step).fresh, strict=True) if fresh]
-    assert sorted(starts[:7]) == sorted(starts[7:14]) == list(range(7))
+    assert sorted(starts[:7]) == sorted(starts[7:14]) == list(range(7)) and starts[:7] != starts[7:14]
 
 
 def test_whole_episodes_and_unusable_windows(carts: dataset.Dataset) -> None:

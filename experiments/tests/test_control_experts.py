@@ -136,6 +136,8 @@ def test_episodes_of_different_lengths_do_not_disturb_each_other() -> None:
     seeds = [13, 2, 7, 31, 5]
     together = run_episodes(lanes, Random(lanes[0], 4), seeds)
     assert len(set(together.lengths)) > 1 and together.terminated.all()
+    plans = [together.actions[together.rows(episode)][: together.lengths.min(), 0].tolist() for episode in range(5)]
+    assert all(plans.count(plan) == 1 for plan in plans)
     for episode, seed in enumerate(seeds):
         alone = run_episodes(lanes[:1], Random(lanes[0], 4), [seed])
         for name in ("observations", "actions", "outcomes", "next_observations", "previous_actions", "rewards"):
