@@ -301,6 +301,7 @@ def test_bad_memories_and_bad_times(core):
         ((s, w, p, memories[:1], keys), r"cms_memories must be a tuple of 2 levels, found 1 levels"),
         ((s, w, p, memories[0], keys), "cms_memories must be a tuple with one array per level, found ndarray"),
         ((s, w, p, memories, keys[::-1]), r"cms_keys\[0\] must have shape \(3, 3, 5\) .*found \(3, 6, 5\)"),
+        ((s, w, p, memories, (keys[0] * np.inf, keys[1])), r"cms_keys\[0\] \(3, 3, 5\) must be finite, found NaN or infinity"),
         ((s[:2], w, p, memories, keys), r"s_prev must have shape \(3, 13\) .*found \(2, 13\)"),
     ):
         with pytest.raises(ValueError, match=message):
