@@ -143,7 +143,8 @@ class HopeCore(nnx.Module):
         w = self.wave(w, self.z_proj(e), c)
         p = p + self.particle_out(jax.nn.relu(self.particle_norm(self.particle_in(jnp.concatenate([p, c], -1)))))
         g = jax.nn.sigmoid(self.gate(jnp.concatenate([s, e, c], -1)))
-        s = s + g * (p @ self.U_p[...].mT) + (1 - g) * (w @ self.U_w[...].mT)
+        from_p, from_w = (jnp.einsum("bi,oi->bo", x, u[...]) for x, u in ((p, self.U_p), (w, self.U_w)))  # `@ .mT` transposes in memory first
+        s = s + g * from_p + (1 - g) * from_w
         return saturate(s, self.limit), saturate(w, self.limit), saturate(p, self.limit)
 
 

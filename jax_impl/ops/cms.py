@@ -5,10 +5,10 @@
              slot0: i = 0, always open             least_salient: i = argmin ||M_i||^2, open where g > threshold
 
 `write` rewrites the whole memory. `write_lazy` keeps M = scale M^ and K = scale K^, one scale per level, and the squared norms of the rows
-of M^: decay is scale <- (1 - decay) scale, and a row is written as g new / scale + (1 - g) M^_i. Below 2^-10 the scale is folded into M^ and
-K^; much later rows would be chosen wrongly, long before anything overflows.
+of M^: decay is scale <- (1 - decay) scale, and a row is written as g new / scale + (1 - g) M^_i. A scale below 2^-10 is then folded into M^
+and K^; much later rows would be chosen wrongly, long before anything overflows.
 
-Row and open or closed are constants to the gradient. A row that is not finite is never written, so that one bad reading does not stay.
+Row, open or closed, norms and scale are constants to the gradient. A row that is not finite is never written, so that one bad reading does not stay.
 Source: ContinuonBrain's CMS. Letters: B batch, n slots, d width of the level, d_k width of a key.
 """
 
@@ -49,7 +49,7 @@ def write(
     memory, keys = (1 - decay) * memory, (1 - decay) * keys
     row, is_open = choose(jnp.square(memory).sum(-1), gate, rule, threshold) if chosen is None else chosen
     is_open = is_open & _finite(value, key, gate)
-    return _put(memory, row, is_open, gate, value)[0], _put(keys, row, is_open, gate, key)[0]
+    return _put(memory, row, is_open, gate, value), _put(keys, row, is_open, gate, key)
 
 
 def write_lazy(
@@ -57,18 +57,35 @@ def write_lazy(
     rule: str, threshold: float, chosen: Chosen | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """`write` for scale * memory and scale * keys: memory and keys stay as they are but for one row. norms (B, n) are those of `memory`."""
-    scale = (1 - decay) * scale
-
-    def fold(memory: Array, keys: Array, norms: Array, scale: Array) -> tuple[Array, ...]:
-        return scale * memory, scale * keys, jax.lax.stop_gradient(jnp.square(scale * memory).sum(-1)), jnp.ones_like(scale)
-
-    memory, keys, norms, scale = jax.lax.cond(scale < FOLD, fold, lambda *same: same, memory, keys, norms, scale)
+    scale = (1 - decay) * jax.lax.stop_gradient(scale)
     row, is_open = choose(norms, gate, rule, threshold) if chosen is None else chosen
     is_open = is_open & _finite(value, key, gate)
-    memory, written = _put(memory, row, is_open, gate, value / scale)
-    keys, _ = _put(keys, row, is_open, gate, key / scale)
-    new_norm = jax.lax.stop_gradient(jnp.square(written).sum(-1))
-    return memory, keys, norms.at[jnp.arange(len(row)), row].set(new_norm), scale
+    memory = _put(memory, row, is_open, gate, value / scale)
+    keys = _put(keys, row, is_open, gate, key / scale)
+    index = jnp.arange(len(row)), row
+    written = jax.lax.stop_gradient(memory[index])  # read again: a second use of the old row would make XLA copy the memory
+    memory, keys, norms, scale = _fold(memory, keys, norms.at[index].set(jnp.square(written).sum(-1)), scale)
+    return memory, keys, *jax.lax.stop_gradient((norms, scale))
+
+
+@jax.custom_jvp
+def _fold(memory: Array, keys: Array, norms: Array, scale: Array) -> tuple[Array, ...]:
+    """Scale folded into memory, keys and norms where it is below FOLD.
+
+    As a loop of one step or none, which XLA does in place; `cond` copies the memory, folded or not.
+    """
+    def fold(held: tuple[Array, ...]) -> tuple[Array, ...]:
+        memory, keys, _, scale = held
+        return scale * memory, scale * keys, jnp.square(scale * memory).sum(-1), jnp.ones_like(scale)
+
+    return jax.lax.while_loop(lambda held: held[3] < FOLD, fold, (memory, keys, norms, scale))
+
+
+@_fold.defjvp
+def _fold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    scale = primals[3]
+    factor = jnp.where(scale < FOLD, scale, 1.0)
+    return _fold(*primals), (factor * tangents[0], factor * tangents[1], jnp.zeros_like(primals[2]), jnp.zeros_like(scale))
 
 
 def _finite(*parts: Array) -> Array:
@@ -76,9 +93,8 @@ def _finite(*parts: Array) -> Array:
     return jnp.stack([jnp.isfinite(part).all(-1) for part in parts]).all(0)
 
 
-def _put(rows: Array, row: Array, is_open: Array, gate: Array, new: Array) -> tuple[Array, Array]:
-    """rows (B, n, d) with row <- gate new + (1 - gate) old where open, and that row (B, d)."""
+def _put(rows: Array, row: Array, is_open: Array, gate: Array, new: Array) -> Array:
+    """rows (B, n, d) with row <- gate new + (1 - gate) old where open."""
     index = jnp.arange(rows.shape[0]), row
     old = rows[index]
-    written = jnp.where(is_open[:, None], gate * new + (1 - gate) * old, old)
-    return rows.at[index].set(written), written
+    return rows.at[index].set(jnp.where(is_open[:, None], gate * new + (1 - gate) * old, old))

@@ -5,10 +5,10 @@
              slot0: i = 0, always open             least_salient: i = argmin ||M_i||^2, open where g > threshold
 
 `write` rewrites the whole memory. `write_lazy` keeps M = scale M^ and K = scale K^, one scale per level, and the squared norms of the rows
-of M^: decay is scale <- (1 - decay) scale, and a row is written as g new / scale + (1 - g) M^_i. Below 2^-10 the scale is folded into M^ and
-K^; much later rows would be chosen wrongly, long before anything overflows.
+of M^: decay is scale <- (1 - decay) scale, and a row is written as g new / scale + (1 - g) M^_i. A scale below 2^-10 is then folded into M^
+and K^; much later rows would be chosen wrongly, long before anything overflows.
 
-Row and open or closed are constants to the gradient. A row that is not finite is never written, so that one bad reading does not stay.
+Row, open or closed, norms and scale are constants to the gradient. A row that is not finite is never written, so that one bad reading does not stay.
 Source: ContinuonBrain's CMS. Letters: B batch, n slots, d width of the level, d_k width of a key.
 """
 
@@ -56,14 +56,15 @@ def write_lazy(
     rule: str, threshold: float, chosen: Chosen | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`write` for scale * memory and scale * keys: memory and keys stay as they are but for one row. norms (B, n) are those of `memory`."""
-    scale = (1 - decay) * scale
-    if scale < FOLD:
-        memory, keys, norms, scale = scale * memory, scale * keys, (scale * memory.detach()).square().sum(-1), torch.ones_like(scale)
+    scale = (1 - decay) * scale.detach()
     row, is_open = choose(norms, gate, rule, threshold) if chosen is None else chosen
     is_open = is_open & _finite(value, key, gate)
     memory, written = _put(memory, row, is_open, gate, value / scale)
     keys, _ = _put(keys, row, is_open, gate, key / scale)
-    return memory, keys, norms.scatter(1, row[:, None], written.detach().square().sum(-1, keepdim=True)), scale
+    norms = norms.scatter(1, row[:, None], written.detach().square().sum(-1, keepdim=True))
+    if scale < FOLD:
+        memory, keys, norms, scale = scale * memory, scale * keys, (scale * memory.detach()).square().sum(-1), torch.ones_like(scale)
+    return memory, keys, norms, scale
 
 
 def _finite(*parts: Tensor) -> Tensor:
