@@ -165,17 +165,30 @@ def test_lengths(encoder):
     """What the folder says, no more than the positions; a longer text is cut, its closing token kept, and counted."""
     write_modules(encoder, ("Pooling", "1_Pooling"))
     write(encoder, "1_Pooling/config.json", POOLING)
-    write(encoder, "sentence_bert_config.json", {"max_seq_length": 6, "do_lower_case": True})
+    write(encoder, "sentence_bert_config.json", {"max_seq_length": 6, "do_lower_case": False})
     assert TextObservations(encoder, max_length=13).max_length == 13
     observe = TextObservations(encoder)
     assert observe.max_length == 6
     with pytest.warns(UserWarning, match=r"^2 of 7 texts have more than max_length=6 tokens and were truncated$"):
         found = observe(TEXTS)
     assert_close(found[4], unit(hidden_states(encoder, [TEXTS[4]], 6)[0].mean(0)))
-    assert_close(observe("The HORSE"), found[6])
     for wrong in (14, 0, True, 2.0):
         with pytest.raises(ValueError, match=rf"^max_length must be an integer of at least 1 and at most 13, found {wrong}$"):
             TextObservations(encoder, max_length=wrong)
+
+
+def test_lower_case_where_the_folder_says_so(encoder):
+    """With a tokenizer that does not know capitals."""
+    said = json.loads((encoder / "tokenizer.json").read_text())
+    said["normalizer"]["lowercase"] = False
+    write(encoder, "tokenizer.json", said)
+    write(encoder, "tokenizer_config.json", {"do_lower_case": False})
+    expected = TextObservations(encoder)("the horse")
+    assert np.linalg.norm(TextObservations(encoder)("The HORSE") - expected) > 0.01
+    write_modules(encoder, ("Pooling", "1_Pooling"))
+    write(encoder, "1_Pooling/config.json", POOLING)
+    write(encoder, "sentence_bert_config.json", {"do_lower_case": True})
+    assert_close(TextObservations(encoder)("The HORSE"), expected)
 
 
 def test_prompts(encoder):
@@ -268,12 +281,23 @@ def test_texts_that_are_none(encoder):
 
 
 def test_reading_leaves_torch_and_transformers_as_they_were(encoder):
+    """Also where transformers draws a pooler, which is missing and not used."""
+    from safetensors.numpy import load_file, save_file
     from transformers.utils import logging
 
-    before = torch.random.get_rng_state(), logging.is_progress_bar_enabled(), logging.get_verbosity()
-    TextObservations(encoder)(TEXTS)
-    assert torch.equal(before[0], torch.random.get_rng_state())
-    assert before[1:] == (logging.is_progress_bar_enabled(), logging.get_verbosity())
+    expected = TextObservations(encoder)(TEXTS)
+    arrays = load_file(encoder / "model.safetensors")
+    save_file({name: value for name, value in arrays.items() if "pooler" not in name}, encoder / "model.safetensors", metadata={"format": "pt"})
+    level = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        before = torch.random.get_rng_state(), logging.is_progress_bar_enabled(), logging.get_verbosity()
+        found = TextObservations(encoder)(TEXTS)
+        assert torch.equal(before[0], torch.random.get_rng_state())
+        assert before[1:] == (logging.is_progress_bar_enabled(), logging.get_verbosity())
+    finally:
+        logging.set_verbosity(level)
+    assert_close(found, expected)
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
