@@ -110,6 +110,29 @@ def test_the_mean_over_tokens_where_nothing_is_said(encoder):
     assert_close(TextObservations(str(encoder), normalise=False)(TEXTS), means)
 
 
+def test_the_transformer_of_embedding_gemma(tmp_path, tokenizer_text):
+    """A tiny one of its kind: Gemma 3 that reads both ways, in bfloat16 on disk, computed in float32."""
+    sizes = dict(vocab_size=61, hidden_size=30, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=14, intermediate_size=23)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = transformers.Gemma3TextConfig(**sizes, max_position_embeddings=19, sliding_window=7, use_bidirectional_attention=True)
+        transformers.Gemma3TextModel(config).bfloat16().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_text)
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path).float().eval()
+    rows, first = [], []
+    for text in ("a woman reads near the river", "a woman reads near the garden"):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt", truncation=False, padding=False)).last_hidden_state[0].double().numpy()
+        rows.append(unit(states.mean(0)))
+        first.append(states[0])
+    observe = TextObservations(tmp_path)
+    assert (observe.width, observe.max_length) == (30, 19)
+    assert_close(observe(["a woman reads near the river", "a woman reads near the garden"]), rows)
+    assert np.linalg.norm(first[0] - first[1]) > 0.01 * np.linalg.norm(first[0])  # the first token has seen the last
+
+
 @pytest.mark.parametrize("style", ["sentence_transformers.models", "sentence_transformers.base.modules.anything"])
 def test_the_head_of_embedding_gemma(encoder, style):
     """Mean, two Dense, Normalize, as that model has them; here with a bias and a tanh besides, and one of them in a torch file."""
