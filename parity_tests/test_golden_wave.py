@@ -16,7 +16,7 @@ import pytest
 
 from conf.models import WaveCoreConfig
 from parity_tests.twins_wave import WaveCoreTwin
-from runtime import read_arrays
+from runtime import public, read_arrays
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -29,23 +29,6 @@ from torch_impl.wavecore import WaveCore  # noqa: E402
 BOUND = 1e-10
 LEVELS = range(3)
 PER_STEP = ("y", "context", "fast_state", "wave_state", "particle_state")
-PLACES = {  # the public code's layers and ours
-    "encoder/Dense_0": "encoder.obs_in", "encoder/LayerNorm_0": "encoder.obs_norm", "encoder/Dense_1": "encoder.obs_out",
-    "encoder/Dense_2": "encoder.action", "encoder/Dense_3": "encoder.reward",
-    "encoder/Dense_4": "encoder.join_in", "encoder/LayerNorm_1": "encoder.join_norm", "encoder/Dense_5": "encoder.join_out",
-    "encoder/LayerNorm_2": "encoder.norm",
-    "cms_read/query_net/Dense_0": "cms_read.query_in", "cms_read/query_net/LayerNorm_0": "cms_read.query_norm",
-    "cms_read/query_net/Dense_1": "cms_read.query_out", "cms_read/mixing_net": "cms_read.mixing",
-    "hope_core/z_projection": "core.z_proj", "hope_core/gate_net": "core.gate",
-    "hope_core/particle/Dense_0": "core.particle_in", "hope_core/particle/LayerNorm_0": "core.particle_norm",
-    "hope_core/particle/Dense_1": "core.particle_out", "hope_core": "core",
-    "decoder/Dense_0": "decoder.hidden_in", "decoder/LayerNorm_0": "decoder.hidden_norm", "decoder/Dense_1": "decoder.hidden_out",
-    "decoder/Dense_2": "decoder.action",
-}
-PLACES |= {f"hope_core/mamba_wave/{name}": f"core.wave.{name}" for name in ("wave_in", "gate_proj", "wave_out", "ssm")}
-PLACES |= {f"hope_core/mamba_wave/ssm/{name}": f"core.wave.ssm.{name}" for name in ("dt_proj", "b_proj", "c_proj")}
-PLACES |= {f"cms_read/level_proj_{level}": f"cms_read.level_proj.{level}" for level in LEVELS}
-PLACES |= {f"cms_write/write_{name}_{level}": f"cms_write.{name}.{level}" for name in ("value", "key", "gate") for level in LEVELS}
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +45,11 @@ def golden() -> dict[str, Any]:
 
 
 def config_of(golden: dict[str, Any]) -> tuple[WaveCoreConfig, tuple[int, int, int]]:
-    """The configuration, and the widths of observation, action and output."""
+    """The configuration, and the widths of observation, action and output; the file says them."""
     names = ("d_s", "d_w", "d_p", "d_e", "d_k", "d_c", "mamba_state_dim")
     sizes = [int(size) for size in golden["config"]]
     cms = {name: golden[name].tolist() for name in ("cms_sizes", "cms_dims", "cms_decays")}
     return WaveCoreConfig(**dict(zip(names, sizes[:7], strict=True)), **cms, cms_write="slot0"), tuple(sizes[7:])
-
-
-def arrays_of(golden: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The weights under our names; a kernel is (in, out) there and (out, in) here."""
-    arrays = {}
-    for key, value in golden["weights"].items():
-        place, _, leaf = key.rpartition("/")
-        name = f"{PLACES[place]}.{'weight' if leaf in ('kernel', 'scale') else leaf}"
-        assert name not in arrays, name
-        arrays[name] = value.T.copy() if leaf == "kernel" else value
-    return arrays
 
 
 def held_of(golden: dict[str, Any]) -> tuple[Any, ...]:
@@ -154,13 +126,13 @@ RUNS = {"torch": run_torch, "jax": run_jax, "twin": run_twin}
     ("backend", "by"), [(backend, by) for backend in ("torch", "jax") for by in ("call", "step", "rollout")] + [("twin", "step")]
 )
 def test_every_vector(backend: str, by: str, golden: dict[str, Any]) -> None:
-    assert_same(RUNS[backend](golden, arrays_of(golden), by), golden["outputs"])
+    assert_same(RUNS[backend](golden, public.rename("wavecore", golden["weights"]), by), golden["outputs"])
 
 
 @pytest.mark.parametrize(("leaf", "entry"), [("core.wave.ssm.a_raw", (3, 0)), ("cms_write.key.2.weight", (5, 7)), ("decoder.action.bias", (4,))])
 def test_a_changed_weight_is_noticed(leaf: str, entry: tuple[int, ...], golden: dict[str, Any]) -> None:
     """The bound can fail: one entry, changed by 1e-6."""
-    arrays = arrays_of(golden)
+    arrays = public.rename("wavecore", golden["weights"])
     arrays[leaf] = arrays[leaf].copy()
     arrays[leaf][entry] += 1e-6
     with pytest.raises(AssertionError):
