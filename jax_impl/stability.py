@@ -18,7 +18,6 @@ from jax import Array
 
 from jax_impl.functional import Variables, WaveCoreModel
 from jax_impl.state import CoreState, check_core, check_time
-from jax_impl.wavecore import lifted
 
 LEAST_STEPS = 1000
 Varied = tuple[Array, ...]
@@ -37,14 +36,12 @@ def lyapunov_exponent(
     Not for use inside `jit`; it is compiled once for every length.
     """
     check_time(*inputs)
-    batched = check_core(model.config, inputs, state, model.dtype, time=True)
-    if not batched:
-        state, inputs = lifted(state), tuple(x[:, None] for x in inputs)
+    check_core(model.config, inputs, state, model.dtype, time=True)
     check_rollout([np.asarray(x) for x in inputs], burn_in)
     exponent = _along(model, variables, state, inputs, burn_in)
     if not (exponent < jnp.inf).all():
         raise ValueError(f"the states must stay finite along the rollout, found an exponent of {exponent.tolist()}")
-    return exponent if batched else exponent[0]
+    return exponent
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,7 +67,7 @@ def saturated_fraction(model: WaveCoreModel, held: CoreState | Mapping[str, Any]
 
 
 def benettin(step: Step, varied: Varied, held: Any, inputs: Any, burn_in: int | Array) -> Array:
-    """Largest exponent (B,) of the map varied -> step(varied, held, now)[0], whose leaves are (B, ...), one for each row.
+    """Largest exponent (B,) of the map varied -> step(varied, held, now)[0], whose leaves are (B, width), or () for (width,) leaves.
 
     `held` is what else goes from step to step, a constant to the derivative; `inputs` has `now` of every step, stacked. A tangent that becomes
     zero gives -inf.
@@ -95,24 +92,24 @@ def start(varied: Varied) -> Varied:
 
 
 def growth(tangent: Varied) -> Array:
-    """Norm of every row: (B,)."""
-    return jnp.sqrt(sum(jnp.square(x.reshape(len(x), -1)).sum(-1) for x in tangent))
+    """Norm of every row, over all leaves: (B,)."""
+    return jnp.sqrt(sum(jnp.square(x).sum(-1) for x in tangent))
 
 
 def scaled(tangent: Varied, norm: Array) -> Varied:
     """`tangent` with every row divided by its norm (B,), zeros left zero."""
     safe = jnp.where(norm > 0, norm, 1.0)
-    return tuple(x / safe.reshape(-1, *[1] * (x.ndim - 1)) for x in tangent)
+    return tuple(x / safe[..., None] for x in tangent)
 
 
 def check_rollout(inputs: list[np.ndarray], burn_in: int) -> None:
-    """Raise ValueError for a burn-in that leaves fewer than 1,000 steps, and for a step at which a row's inputs (T, B, width) are all zero."""
+    """Raise ValueError for a burn-in that leaves fewer than 1,000 steps, and for a step whose inputs (T, ..., width) are all zero."""
     steps = len(inputs[0])
     if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
         raise ValueError(f"burn_in must be a number of steps, at least 0, found {burn_in!r}")
     if steps - burn_in < LEAST_STEPS:
         raise ValueError(f"an exponent needs at least {LEAST_STEPS} steps after the burn-in, found {steps} steps with burn_in={burn_in}")
-    zero = ~np.concatenate(inputs, -1).any(-1)  # (T, B)
+    zero = ~np.concatenate(inputs, -1).any(-1)  # (T, B) or (T,)
     if zero.any():
-        step, row = np.argwhere(zero)[0]
-        raise ValueError(f"inputs must not be zero, found x_obs, a_prev and r_t all zero at step {step} of row {row}")
+        step, *row = np.argwhere(zero)[0]
+        raise ValueError(f"inputs must not be zero, found x_obs, a_prev and r_t all zero at step {step}" + "".join(f" of row {i}" for i in row))

@@ -79,8 +79,8 @@ class CoreState(NamedTuple):
 
 def check_core(
     config: SizedWaveCoreConfig, inputs: tuple[Array, ...], held: CoreState | tuple, dtype: jnp.dtype, *, time: bool = False
-) -> bool:
-    """Hold what WaveCore is given to its configuration; whether there is a batch axis.
+) -> None:
+    """Hold what WaveCore is given to its configuration.
 
     `inputs`: x_obs, a_prev, r_t, with T in front where `time` is set. `held`: a `CoreState`, or s, w, p, memories and keys. Raises ValueError,
     naming the argument, for a wrong number of levels, shape, batch or dtype, and for values that are not finite (a state's memory left out).
@@ -119,7 +119,6 @@ def check_core(
         looked_at = name in named or name in states or not lazy
         if looked_at and not isinstance(value, jax.core.Tracer) and not np.isfinite(np.asarray(value)).all():
             raise ValueError(f"{name} {tuple(value.shape)} must be finite, found NaN or infinity")
-    return bool(rows)
 
 
 def check_time(*inputs: Array) -> None:

@@ -71,7 +71,7 @@ class CMSRead(nnx.Module):
             attention.append(weights)
             answers.append(project(content))  # (B, d_c)
         mix = jax.nn.softmax(self.mixing(jnp.concatenate(answers, -1)), -1)  # (B, levels)
-        context = (mix[:, :, None] * jnp.stack(answers, 1)).sum(1)  # (B, d_c)
+        context = (mix[..., None] * jnp.stack(answers, -2)).sum(-2)  # (B, d_c)
         return query, context, tuple(attention)
 
 
@@ -105,7 +105,7 @@ class MambaWave(nnx.Module):
     def __call__(self, w: Array, z: Array, c: Array) -> Array:
         """w (B, d_w), z (B, d_p), c (B, d_c). Returns the next w (B, d_w), not clipped."""
         zc = jnp.concatenate([z, c], -1)
-        y, h = self.ssm(self.wave_in(zc), w.reshape(len(w), -1, self.state_dim))  # (B, d_i), (B, d_i, state)
+        y, h = self.ssm(self.wave_in(zc), w.reshape(*w.shape[:-1], -1, self.state_dim))  # (B, d_i), (B, d_i, state)
         return 0.5 * h.reshape(w.shape) + 0.5 * self.wave_out(y * jax.nn.sigmoid(self.gate_proj(zc)))
 
 
@@ -143,7 +143,7 @@ class HopeCore(nnx.Module):
         w = self.wave(w, self.z_proj(e), c)
         p = p + self.particle_out(jax.nn.relu(self.particle_norm(self.particle_in(jnp.concatenate([p, c], -1)))))
         g = jax.nn.sigmoid(self.gate(jnp.concatenate([s, e, c], -1)))
-        from_p, from_w = (jnp.einsum("bi,oi->bo", x, u[...]) for x, u in ((p, self.U_p), (w, self.U_w)))  # `@ .mT` transposes in memory first
+        from_p, from_w = (jnp.einsum("...i,oi->...o", x, u[...]) for x, u in ((p, self.U_p), (w, self.U_w)))  # `@ .mT` transposes in memory first
         s = s + g * from_p + (1 - g) * from_w
         return saturate(s, self.limit), saturate(w, self.limit), saturate(p, self.limit)
 
@@ -223,27 +223,21 @@ class WaveCore(nnx.Module):
         particle_state, cms_memories, cms_keys, and value (B, 1) and next_obs (B, obs) where those heads are on.
         """
         inputs, held = (x_obs, a_prev, r_t), (s_prev, w_prev, p_prev, tuple(cms_memories), tuple(cms_keys))
-        batched = check_core(self.config, inputs, held, self.core.U_p.dtype)
-        if not batched:
-            inputs, held = _map(lambda leaf: leaf[None], (inputs, held))
+        check_core(self.config, inputs, held, self.core.U_p.dtype)
         s, w, p, memories, keys = held
         e = self.encoder(*inputs)
         query, context, attention = self.cms_read(s, e, memories, keys)
         s, w, p = self.core(s, w, p, e, context)
         memories, keys = self.cms_write(s, e, inputs[2], memories, keys)
         y, heads = self.decoder(s, context)
-        info = _info(query, context, attention, s, w, p) | {"cms_memories": memories, "cms_keys": keys} | heads
-        return (y, info) if batched else _map(lambda leaf: leaf[0], (y, info))
+        return y, _info(query, context, attention, s, w, p) | {"cms_memories": memories, "cms_keys": keys} | heads
 
     def step(self, state: CoreState, x_obs: Array, a_prev: Array, r_t: Array) -> tuple[Array | None, CoreState, Info]:
         """One step from `state` on x_obs (B, obs), a_prev (B, action), r_t (B, 1). Returns y, the next state, and info without the memory."""
-        batched = check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype)
-        if not batched:
-            state, (x_obs, a_prev, r_t) = lifted(state), (x[None] for x in (x_obs, a_prev, r_t))
+        check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype)
         state, info = self._advance(state, self.encoder(x_obs, a_prev, r_t), r_t)
         y, heads = self.decoder(state.s, info["context"])
-        y, info = (y, info | heads) if batched else _map(lambda leaf: leaf[0], (y, info | heads))
-        return y, state if batched else lowered(state), info
+        return y, state, info | heads
 
     def rollout(self, state: CoreState, x_obs: Array, a_prev: Array, r_t: Array) -> tuple[Array | None, CoreState, Info]:
         """T steps from `state`: x_obs (T, B, obs), a_prev (T, B, action), r_t (T, B, 1). Returns as `step`, y and info with T in front.
@@ -251,16 +245,13 @@ class WaveCore(nnx.Module):
         Encoder and decoder see all steps at once: only the states need one after another.
         """
         check_time(x_obs, a_prev, r_t)
-        batched = check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype, time=True)
-        if not batched:
-            state, (x_obs, a_prev, r_t) = lifted(state), (x[:, None] for x in (x_obs, a_prev, r_t))
+        check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype, time=True)
         state, info = jax.lax.scan(lambda state, now: self._advance(state, *now), state, (self.encoder(x_obs, a_prev, r_t), r_t))
         y, heads = self.decoder(info["fast_state"], info["context"])
-        y, info = (y, info | heads) if batched else _map(lambda leaf: leaf[:, 0], (y, info | heads))
-        return y, state if batched else lowered(state), info
+        return y, state, info | heads
 
     def _advance(self, state: CoreState, e: Array, r: Array) -> tuple[CoreState, Info]:
-        """The recurrent part of a step, batched."""
+        """The recurrent part of a step."""
         query, context, attention = self.cms_read(state.s, e, state.memories, state.keys, state.scales)
         s, w, p = self.core(state.s, state.w, state.p, e, context)
         memory = self.cms_write(s, e, r, state.memories, state.keys, state.norms, state.scales)
@@ -301,23 +292,7 @@ def normal(std: float, *shape: int, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def lifted(state: CoreState) -> CoreState:
-    """A state without a batch axis as a batch of one."""
-    return CoreState(*_map(lambda leaf: leaf[None], state[:-1]), state.scales)
-
-
-def lowered(state: CoreState) -> CoreState:
-    """The inverse of `lifted`."""
-    return CoreState(*_map(lambda leaf: leaf[0], state[:-1]), state.scales)
-
-
 def _info(query: Array, context: Array, attention: Levels, s: Array, w: Array, p: Array) -> Info:
     return {
         "query": query, "context": context, "attention_weights": attention, "fast_state": s, "wave_state": w, "particle_state": p,
     }
-
-
-def _map(function: Any, tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _map(function, value) for key, value in tree.items()}
-    return tuple(_map(function, value) for value in tree) if isinstance(tree, tuple) else None if tree is None else function(tree)

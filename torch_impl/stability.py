@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_impl.state import CoreState, check_core, check_time
-from torch_impl.wavecore import WaveCore, lifted
+from torch_impl.wavecore import WaveCore
 
 LEAST_STEPS = 1000
 Varied = tuple[Tensor, ...]
@@ -31,9 +31,7 @@ def lyapunov_exponent(model: WaveCore, state: CoreState, inputs: tuple[Tensor, T
     a step whose inputs are all zero, since LayerNorm at the zero vector has slope 1 / sqrt(eps), for states that overflow, and as `model.step`.
     """
     check_time(*inputs)
-    batched = check_core(model.config, inputs, state, model.core.U_p.dtype, time=True)
-    if not batched:
-        state, inputs = lifted(state), tuple(x[:, None] for x in inputs)
+    check_core(model.config, inputs, state, model.core.U_p.dtype, time=True)
     check_rollout([x.numpy(force=True) for x in inputs], burn_in)
     with torch.no_grad():
         encoded = model.encoder(*inputs)
@@ -49,7 +47,7 @@ def lyapunov_exponent(model: WaveCore, state: CoreState, inputs: tuple[Tensor, T
     exponent = benettin(step, tuple(state[:3]), tuple(state[3:]), list(zip(encoded, inputs[2], strict=True)), burn_in)
     if not (exponent < torch.inf).all():
         raise ValueError(f"the states must stay finite along the rollout, found an exponent of {exponent.tolist()}")
-    return exponent if batched else exponent[0]
+    return exponent
 
 
 def saturated_fraction(model: WaveCore, held: CoreState | Mapping[str, Any]) -> dict[str, float]:
@@ -61,7 +59,7 @@ def saturated_fraction(model: WaveCore, held: CoreState | Mapping[str, Any]) -> 
 
 
 def benettin(step: Step, varied: Varied, held: Any, inputs: Iterable[Any], burn_in: int) -> Tensor:
-    """Largest exponent (B,) of the map varied -> step(varied, held, now)[0], whose leaves are (B, ...), one for each row.
+    """Largest exponent (B,) of the map varied -> step(varied, held, now)[0], whose leaves are (B, width), or () for (width,) leaves.
 
     `held` is what else goes from step to step, a constant to the derivative; `inputs` has `now` of every step. A tangent that becomes zero
     gives -inf.
@@ -98,24 +96,24 @@ def start(varied: Varied) -> Varied:
 
 
 def growth(tangent: Varied) -> Tensor:
-    """Norm of every row: (B,)."""
-    return sum(x.flatten(1).square().sum(-1) for x in tangent).sqrt()
+    """Norm of every row, over all leaves: (B,)."""
+    return sum(x.square().sum(-1) for x in tangent).sqrt()
 
 
 def scaled(tangent: Varied, norm: Tensor) -> Varied:
     """`tangent` with every row divided by its norm (B,), zeros left zero."""
     safe = torch.where(norm > 0, norm, 1.0)
-    return tuple(x / safe.view(-1, *[1] * (x.ndim - 1)) for x in tangent)
+    return tuple(x / safe[..., None] for x in tangent)
 
 
 def check_rollout(inputs: list[np.ndarray], burn_in: int) -> None:
-    """Raise ValueError for a burn-in that leaves fewer than 1,000 steps, and for a step at which a row's inputs (T, B, width) are all zero."""
+    """Raise ValueError for a burn-in that leaves fewer than 1,000 steps, and for a step whose inputs (T, ..., width) are all zero."""
     steps = len(inputs[0])
     if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
         raise ValueError(f"burn_in must be a number of steps, at least 0, found {burn_in!r}")
     if steps - burn_in < LEAST_STEPS:
         raise ValueError(f"an exponent needs at least {LEAST_STEPS} steps after the burn-in, found {steps} steps with burn_in={burn_in}")
-    zero = ~np.concatenate(inputs, -1).any(-1)  # (T, B)
+    zero = ~np.concatenate(inputs, -1).any(-1)  # (T, B) or (T,)
     if zero.any():
-        step, row = np.argwhere(zero)[0]
-        raise ValueError(f"inputs must not be zero, found x_obs, a_prev and r_t all zero at step {step} of row {row}")
+        step, *row = np.argwhere(zero)[0]
+        raise ValueError(f"inputs must not be zero, found x_obs, a_prev and r_t all zero at step {step}" + "".join(f" of row {i}" for i in row))

@@ -76,8 +76,8 @@ class CoreState(NamedTuple):
 
 def check_core(
     config: SizedWaveCoreConfig, inputs: tuple[Tensor, ...], held: CoreState | tuple, dtype: torch.dtype, *, time: bool = False
-) -> bool:
-    """Hold what WaveCore is given to its configuration; whether there is a batch axis.
+) -> None:
+    """Hold what WaveCore is given to its configuration.
 
     `inputs`: x_obs, a_prev, r_t, with T in front where `time` is set. `held`: a `CoreState`, or s, w, p, memories and keys. Raises ValueError,
     naming the argument, for a wrong number of levels, shape, batch or dtype, and for values that are not finite (a state's memory left out).
@@ -116,7 +116,6 @@ def check_core(
         looked_at = name in named or name in states or not lazy
         if looked_at and not torch.compiler.is_compiling() and not value.isfinite().all():
             raise ValueError(f"{name} {tuple(value.shape)} must be finite, found NaN or infinity")
-    return bool(rows)
 
 
 def check_time(*inputs: Tensor) -> None:

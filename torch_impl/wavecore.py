@@ -70,7 +70,7 @@ class CMSRead(nn.Module):
             attention.append(weights)
             answers.append(project(content))  # (B, d_c)
         mix = torch.softmax(self.mixing(torch.cat(answers, -1)), -1)  # (B, levels)
-        context = (mix[:, :, None] * torch.stack(answers, 1)).sum(1)  # (B, d_c)
+        context = (mix[..., None] * torch.stack(answers, -2)).sum(-2)  # (B, d_c)
         return query, context, tuple(attention)
 
 
@@ -227,27 +227,21 @@ class WaveCore(nn.Module):
         particle_state, cms_memories, cms_keys, and value (B, 1) and next_obs (B, obs) where those heads are on.
         """
         inputs, held = (x_obs, a_prev, r_t), (s_prev, w_prev, p_prev, tuple(cms_memories), tuple(cms_keys))
-        batched = check_core(self.config, inputs, held, self.core.U_p.dtype)
-        if not batched:
-            inputs, held = _map(lambda leaf: leaf[None], (inputs, held))
+        check_core(self.config, inputs, held, self.core.U_p.dtype)
         s, w, p, memories, keys = held
         e = self.encoder(*inputs)
         query, context, attention = self.cms_read(s, e, memories, keys)
         s, w, p = self.core(s, w, p, e, context)
         memories, keys = self.cms_write(s, e, inputs[2], memories, keys)
         y, heads = self.decoder(s, context)
-        info = _info(query, context, attention, s, w, p) | {"cms_memories": memories, "cms_keys": keys} | heads
-        return (y, info) if batched else _map(lambda leaf: leaf[0], (y, info))
+        return y, _info(query, context, attention, s, w, p) | {"cms_memories": memories, "cms_keys": keys} | heads
 
     def step(self, state: CoreState, x_obs: Tensor, a_prev: Tensor, r_t: Tensor) -> tuple[Tensor | None, CoreState, Info]:
         """One step from `state` on x_obs (B, obs), a_prev (B, action), r_t (B, 1). Returns y, the next state, and info without the memory."""
-        batched = check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype)
-        if not batched:
-            state, (x_obs, a_prev, r_t) = lifted(state), (x[None] for x in (x_obs, a_prev, r_t))
+        check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype)
         state, info = self._advance(state, self.encoder(x_obs, a_prev, r_t), r_t)
         y, heads = self.decoder(state.s, info["context"])
-        y, info = (y, info | heads) if batched else _map(lambda leaf: leaf[0], (y, info | heads))
-        return y, state if batched else lowered(state), info
+        return y, state, info | heads
 
     def rollout(self, state: CoreState, x_obs: Tensor, a_prev: Tensor, r_t: Tensor) -> tuple[Tensor | None, CoreState, Info]:
         """T steps from `state`: x_obs (T, B, obs), a_prev (T, B, action), r_t (T, B, 1). Returns as `step`, y and info with T in front.
@@ -255,20 +249,17 @@ class WaveCore(nn.Module):
         Encoder and decoder see all steps at once: only the states need one after another.
         """
         check_time(x_obs, a_prev, r_t)
-        batched = check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype, time=True)
-        if not batched:
-            state, (x_obs, a_prev, r_t) = lifted(state), (x[:, None] for x in (x_obs, a_prev, r_t))
+        check_core(self.config, (x_obs, a_prev, r_t), state, self.core.U_p.dtype, time=True)
         infos = []
         for e, r in zip(self.encoder(x_obs, a_prev, r_t), r_t, strict=True):
             state, info = self._advance(state, e, r)
             infos.append(info)
         stacked = _stack(infos)
         y, heads = self.decoder(stacked["fast_state"], stacked["context"])
-        y, info = (y, stacked | heads) if batched else _map(lambda leaf: leaf[:, 0], (y, stacked | heads))
-        return y, state if batched else lowered(state), info
+        return y, state, stacked | heads
 
     def _advance(self, state: CoreState, e: Tensor, r: Tensor) -> tuple[CoreState, Info]:
-        """The recurrent part of a step, batched."""
+        """The recurrent part of a step."""
         query, context, attention = self.cms_read(state.s, e, state.memories, state.keys, state.scales)
         s, w, p = self.core(state.s, state.w, state.p, e, context)
         memory = self.cms_write(s, e, r, state.memories, state.keys, state.norms, state.scales)
@@ -309,26 +300,10 @@ def dense(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def lifted(state: CoreState) -> CoreState:
-    """A state without a batch axis as a batch of one."""
-    return CoreState(*_map(lambda leaf: leaf[None], state[:-1]), state.scales)
-
-
-def lowered(state: CoreState) -> CoreState:
-    """The inverse of `lifted`."""
-    return CoreState(*_map(lambda leaf: leaf[0], state[:-1]), state.scales)
-
-
 def _info(query: Tensor, context: Tensor, attention: Levels, s: Tensor, w: Tensor, p: Tensor) -> Info:
     return {
         "query": query, "context": context, "attention_weights": attention, "fast_state": s, "wave_state": w, "particle_state": p,
     }
-
-
-def _map(function: Any, tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _map(function, value) for key, value in tree.items()}
-    return tuple(_map(function, value) for value in tree) if isinstance(tree, tuple) else None if tree is None else function(tree)
 
 
 def _stack(infos: list[Info]) -> Info:

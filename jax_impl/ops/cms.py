@@ -9,7 +9,7 @@ of M^: decay is scale <- (1 - decay) scale, and a row is written as g new / scal
 and K^; much later rows would be chosen wrongly, long before anything overflows.
 
 Row, open or closed, norms and scale are constants to the gradient. A row that is not finite is never written, so that one bad reading does not stay.
-Source: ContinuonBrain's CMS. Letters: B batch, n slots, d width of the level, d_k width of a key.
+Source: ContinuonBrain's CMS. Letters: B batch, an axis that all of the arrays have or none, n slots, d width of the level, d_k width of a key.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Chosen = tuple[Array, Array]  # row (B,) int, open (B,) bool
 
 def read(query: Array, memory: Array, keys: Array, scale: Array | None = None) -> tuple[Array, Array]:
     """query (B, d_k), memory (B, n, d), keys (B, n, d_k), scale () or None for 1. Returns attention (B, n) and content (B, d)."""
-    scores = (keys @ query[:, :, None])[:, :, 0] / math.sqrt(query.shape[-1])  # (B, n)
+    scores = (keys @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])  # (B, n)
     attention = jax.nn.softmax(scores if scale is None else scale * scores, -1)
-    content = (attention[:, None] @ memory)[:, 0]  # (B, d)
+    content = (attention[..., None, :] @ memory)[..., 0, :]  # (B, d)
     return attention, content if scale is None else scale * content
 
 
 def choose(norms: Array, gate: Array, rule: str, threshold: float) -> Chosen:
     """The row to write and whether it is written, from squared norms (B, n) and gates (B, 1). On a tie the lowest row."""
     if rule == "slot0":
-        return jnp.zeros(norms.shape[0], jnp.int32), jnp.ones(gate.shape[0], bool)
-    return norms.argmin(-1), gate[:, 0] > threshold
+        return jnp.zeros(gate.shape[:-1], jnp.int32), jnp.ones(gate.shape[:-1], bool)
+    return norms.argmin(-1), gate[..., 0] > threshold
 
 
 def write(
@@ -62,7 +62,7 @@ def write_lazy(
     is_open = is_open & _finite(value, key, gate)
     memory = _put(memory, row, is_open, gate, value / scale)
     keys = _put(keys, row, is_open, gate, key / scale)
-    index = jnp.arange(len(row)), row
+    index = _at(row)
     written = jax.lax.stop_gradient(memory[index])  # read again: a second use of the old row would make XLA copy the memory
     memory, keys, norms, scale = _fold(memory, keys, norms.at[index].set(jnp.square(written).sum(-1)), scale)
     return memory, keys, *jax.lax.stop_gradient((norms, scale))
@@ -93,8 +93,13 @@ def _finite(*parts: Array) -> Array:
     return jnp.stack([jnp.isfinite(part).all(-1) for part in parts]).all(0)
 
 
+def _at(row: Array) -> tuple[Array, ...]:
+    """Index of the rows `row` (B,) in an array (B, n, ...)."""
+    return (jnp.arange(len(row)), row) if row.ndim else (row,)
+
+
 def _put(rows: Array, row: Array, is_open: Array, gate: Array, new: Array) -> Array:
     """rows (B, n, d) with row <- gate new + (1 - gate) old where open."""
-    index = jnp.arange(rows.shape[0]), row
+    index = _at(row)
     old = rows[index]
-    return rows.at[index].set(jnp.where(is_open[:, None], gate * new + (1 - gate) * old, old))
+    return rows.at[index].set(jnp.where(is_open[..., None], gate * new + (1 - gate) * old, old))

@@ -3,7 +3,7 @@
     selective   h = exp(dt A) carry + dt (b B) u,  A = -softplus(a_raw)        y = sum_state(c C h) + D u
     linear      (diag(0.9 tanh(A_diag)) + A_U A_V^T) * tanh(modulation)[:, None] w
 
-Source: ContinuonBrain's HOPE core; Gu and Dao, "Mamba" (2023). Letters: B batch, D width of w, S state, I = D / S inner width.
+Source: ContinuonBrain's HOPE core; Gu and Dao, "Mamba" (2023). Letters: B batch, or none, D width of w, S state, I = D / S inner width.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ of M^: decay is scale <- (1 - decay) scale, and a row is written as g new / scal
 and K^; much later rows would be chosen wrongly, long before anything overflows.
 
 Row, open or closed, norms and scale are constants to the gradient. A row that is not finite is never written, so that one bad reading does not stay.
-Source: ContinuonBrain's CMS. Letters: B batch, n slots, d width of the level, d_k width of a key.
+Source: ContinuonBrain's CMS. Letters: B batch, an axis that all of the tensors have or none, n slots, d width of the level, d_k width of a key.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Chosen = tuple[Tensor, Tensor]  # row (B,) int64, open (B,) bool
 
 def read(query: Tensor, memory: Tensor, keys: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """query (B, d_k), memory (B, n, d), keys (B, n, d_k), scale () or None for 1. Returns attention (B, n) and content (B, d)."""
-    scores = (keys @ query[:, :, None])[:, :, 0] / math.sqrt(query.shape[-1])  # (B, n)
+    scores = (keys @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])  # (B, n)
     attention = torch.softmax(scores if scale is None else scale * scores, -1)
-    content = (attention[:, None] @ memory)[:, 0]  # (B, d)
+    content = (attention[..., None, :] @ memory)[..., 0, :]  # (B, d)
     return attention, content if scale is None else scale * content
 
 
 def choose(norms: Tensor, gate: Tensor, rule: str, threshold: float) -> Chosen:
     """The row to write and whether it is written, from squared norms (B, n) and gates (B, 1). On a tie the lowest row."""
     if rule == "slot0":
-        return torch.zeros_like(norms[:, 0], dtype=torch.int64), torch.ones_like(gate[:, 0], dtype=torch.bool)
-    return norms.argmin(-1), gate[:, 0] > threshold
+        return torch.zeros_like(gate[..., 0], dtype=torch.int64), torch.ones_like(gate[..., 0], dtype=torch.bool)
+    return norms.argmin(-1), gate[..., 0] > threshold
 
 
 def write(
@@ -61,7 +61,7 @@ def write_lazy(
     is_open = is_open & _finite(value, key, gate)
     memory, written = _put(memory, row, is_open, gate, value / scale)
     keys, _ = _put(keys, row, is_open, gate, key / scale)
-    norms = norms.scatter(1, row[:, None], written.detach().square().sum(-1, keepdim=True))
+    norms = norms.scatter(-1, row[..., None], written.detach().square().sum(-1, keepdim=True))
     if scale < FOLD:
         memory, keys, norms, scale = scale * memory, scale * keys, (scale * memory.detach()).square().sum(-1), torch.ones_like(scale)
     return memory, keys, norms, scale
@@ -74,7 +74,7 @@ def _finite(*parts: Tensor) -> Tensor:
 
 def _put(rows: Tensor, row: Tensor, is_open: Tensor, gate: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """rows (B, n, d) with row <- gate new + (1 - gate) old where open, and that row (B, d)."""
-    index = row[:, None, None].expand(-1, 1, rows.shape[-1])
-    old = rows.gather(1, index)[:, 0]
-    written = torch.where(is_open[:, None], gate * new + (1 - gate) * old, old)
-    return rows.scatter(1, index, written[:, None]), written
+    index = row[..., None, None].expand(*row.shape, 1, rows.shape[-1])
+    old = rows.gather(-2, index)[..., 0, :]
+    written = torch.where(is_open[..., None], gate * new + (1 - gate) * old, old)
+    return rows.scatter(-2, index, written[..., None, :]), written
