@@ -1,4 +1,4 @@
-"""Our models as cases of the harness: the only file that knows both torch_impl and jax_impl.
+"""Our models as cases of the harness: the only file, with specs_wavecore.py, that knows both torch_impl and jax_impl.
 
 Every variant is a tiny model whose axes all have different sizes, none a power of two or a square, with random weights and, where it has
 a bank, slots that were written a different number of times. `parity run` without arguments runs CASES.
@@ -20,6 +20,7 @@ from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 from jax_impl import deltanet as jax_deltanet
 from jax_impl.grounded_mamba import GroundedMamba as JaxGroundedMamba
 from jax_impl.lam import LAM as JaxLAM
+from parity_tests import specs_wavecore
 from parity_tests.harness import Bound, Case, StateProtocol, Trajectory
 from torch_impl import deltanet as torch_deltanet
 from torch_impl.grounded_mamba import GroundedMamba as TorchGroundedMamba
@@ -245,14 +246,16 @@ def deltanet_lm(name: str, regimes: tuple[str, ...] | None = None) -> Case:
 # The default and the public variant under every regime; the others, which share their layers, where a variant can part from them: a carried
 # state, an offset and a last chunk that is ragged, which 19 tokens in chunks of 6 have. Every further shape costs a compilation.
 SOME = ("as is", "carried state", "+ 100")
-FULL = [
+LANGUAGE_FULL = [
     grounded_mamba("grounded_mamba", DEFAULT), grounded_mamba("groundthink", VARIANTS["groundthink"]),
     encoder("lam", ("as is", "+ 100", "repeated token", "length 1", "length 63")),
     deltanet_lm("deltanet_lm", ("as is", "carried state", "+ 100", "repeated token", "length 1", "length 63")),
 ]
-CASES = [
-    *FULL,
+LANGUAGE = [
+    *LANGUAGE_FULL,
     *(grounded_mamba(name, config, SOME) for name, config in VARIANTS.items() if name not in ("grounded_mamba", "groundthink")),
     layer("delta_net_layer_learned_gate", ("as is", "+ 100"), rule="hierarchical", output_gate=False, transform="exact"),
     layer("delta_net_layer_plain_same", ("as is",), rule="plain", conv_kernel=3),
 ]
+FULL = [*LANGUAGE_FULL, *specs_wavecore.FULL]
+CASES = [*LANGUAGE, *specs_wavecore.CASES]

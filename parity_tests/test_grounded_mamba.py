@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from parity_tests.harness.plugin import parity_case
-from parity_tests.specs import CASES
+from parity_tests.specs import LANGUAGE
 
 
-@parity_case(*CASES)
+@parity_case(*LANGUAGE)
 def test_port(parity): ...

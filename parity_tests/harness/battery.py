@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import lint, locate, tiers, tiers_more
+from . import lint, locate, tiers, tiers_more, tree
 from .adapters.base import Call, Gradients, Run, Trained, Unsupported
 from .bounds import Bounds
 from .candidate import Candidate
@@ -187,6 +187,14 @@ class Battery:
             self._runs[key] = self.candidate.adapter(dtype).run(*args, **kwargs)
         return self._runs[key]
 
+    def states(self, regime: Regime) -> Any:
+        """The state handed to the candidate under a regime: the reference's, in the containers of the candidate's own."""
+        given = self.recording.states(regime)
+        if given is not None:
+            with contextlib.suppress(Exception):  # a candidate that cannot run is reported where it runs
+                return tree.like(self.recording.state_of(self.free_run(self.recording.plain()[0]).outputs), given)
+        return given
+
     def start_free(self, dtype: str = "float64") -> None:
         """Begin to compile the candidate end to end for every regime that has not run."""
         for regime in self.recording.regimes:
@@ -196,7 +204,7 @@ class Battery:
     def _free_arguments(self, regime: Regime, dtype: str) -> tuple[tuple, dict]:
         # the plain run in low precision is compiled as in use, since optimisation decides its rounding
         quick = dtype == "float64" or regime.name != AS_IS
-        return (self.recording.inputs(regime), self.recording.states(regime)), {"tap": dtype == "float64", "quick": quick}
+        return (self.recording.inputs(regime), self.states(regime)), {"tap": dtype == "float64", "quick": quick}
 
     def matched(self, reference: Run, candidate: Run) -> Iterator[tuple[Call, Call]]:
         """Calls of both runs that belong together: the same module, called equally often."""
@@ -213,7 +221,7 @@ class Battery:
             others = calls.get(path, [])
             if len(others) == counts[call.path]:
                 yield call, others[call.index]
-            elif call.index == 0:
+            elif call.index == 0 and path not in candidate.untapped:  # of those the note on coverage tells
                 times = f"{counts[call.path]} calls in the reference, {len(others)} in the candidate"
                 self.note(f"free, {call.path}: {times}, compared by force only")
 

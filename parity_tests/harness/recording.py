@@ -92,10 +92,12 @@ class Recording:
         if self.case.states is None:
             raise Skip("the model carries no state")
         if self._carried is None:
-            drawn = self.case.draw(self.case.seed)
             if self.case.states.initial is not None:
-                batch = next(iter(drawn.values())).shape[0]
-                self._carried = self.grid(self.case.states.initial(self.case.seed, batch))
+                drawn = self.case.draw(self.case.seed)
+                shape = next(iter(drawn.values())).shape
+                first_is_time = self.case.states.axis == 0 and next(iter(drawn)) in self.case.along(drawn)
+                given = self.grid(self.case.states.initial(self.case.seed, shape[1 if first_is_time else 0]))
+                self._carried = tree.like(self.state_of(self.run(BY_NAME[AS_IS]).outputs), given)
             else:
                 other = self.reference["float64"].run(self.inputs(BY_NAME[AS_IS], offset=1), None, tap=False)
                 self._carried = self.grid(self.state_of(other.outputs))

@@ -198,11 +198,11 @@ def splits(battery: Battery) -> list[Check]:
     length = inputs[along[0]].shape[axis]
     if length < 2:
         raise Unsupported(f"a sequence of {length} cannot be split")
-    start = recording.states(recording.plain()[1])
+    start, own = recording.states(recording.plain()[1]), battery.states(recording.plain()[1])
     checks: list[Check] = []
     for cut in range(1, length):
         part = {name: np.take(value, np.arange(cut), axis=axis) if name in along else value for name, value in inputs.items()}
-        battery.candidate.start("float64", "run", lambda part=part: ((part, start), {"tap": False}))
+        battery.candidate.start("float64", "run", lambda part=part: ((part, own), {"tap": False}))
     for where, begin in (("from a carried state", start), ("from the beginning", None)):
         whole = recording.adapter("float64").run(inputs, begin, tap=False).outputs
         places = range(1, length) if begin is not None else (length // 2,)
@@ -211,7 +211,9 @@ def splits(battery: Battery) -> list[Check]:
                 battery.progress(f"splits: {side} {cut} of {length}")
                 place = Place("splits", "", f"split at {cut} of {length} {where}" + ("" if side == "candidate" else ", reference"), "float64", cut)
 
-                def compare(adapter: Any = adapter, cut: int = cut, place: Place = place, begin: Any = begin, whole: Any = whole) -> list[Check]:
+                given = begin if begin is None or side == "reference" else own
+
+                def compare(adapter: Any = adapter, cut: int = cut, place: Place = place, begin: Any = given, whole: Any = whole) -> list[Check]:
                     parts = [{name: np.take(value, part, axis=axis) if name in along else value for name, value in inputs.items()}
                              for part in (np.arange(cut), np.arange(cut, length))]
                     first = adapter.run(parts[0], begin, tap=False).outputs

@@ -26,7 +26,7 @@ def gradients(battery: Battery) -> list[Check]:
     recording, candidate, seed = battery.recording, battery.candidate, battery.case.seed
     checks: list[Check] = []
     for regime in recording.plain():
-        candidate.start("float64", "gradients", lambda regime=regime: ((recording.inputs(regime), recording.states(regime), seed), {}))
+        candidate.start("float64", "gradients", lambda regime=regime: ((recording.inputs(regime), battery.states(regime), seed), {}))
         for layer in recording.forced(regime):
             if candidate.path(layer.path) is not None:
                 candidate.start("float64", "call_gradients", lambda layer=layer: ((*candidate.arguments(layer), seed), {}))
@@ -51,7 +51,7 @@ def gradients(battery: Battery) -> list[Check]:
 
         def whole(regime: Regime = regime, place: Place = place) -> list[Check]:
             left = battery.reference_gradients(regime)
-            right = candidate.adapter("float64").gradients(recording.inputs(regime), recording.states(regime), seed)
+            right = candidate.adapter("float64").gradients(recording.inputs(regime), battery.states(regime), seed)
             found = _gradients(battery, place, left, right, strict=True)
             bound = battery.bounds.find("gradients", "", regime.name)
             apart = abs(left.loss - right.loss)
@@ -153,9 +153,10 @@ def effects(battery: Battery) -> list[Check]:
     checks: list[Check] = []
     recording = battery.recording
     for regime in recording.plain():
-        inputs, states = recording.inputs(regime), recording.states(regime)
-        before = digest((inputs, states))
-        for side, adapter in (("reference", recording.adapter("float64")), ("candidate", battery.candidate.adapter("float64"))):
+        inputs = recording.inputs(regime)
+        for side, adapter, states in (("reference", recording.adapter("float64"), recording.states(regime)),
+                                      ("candidate", battery.candidate.adapter("float64"), battery.states(regime))):
+            before = digest((inputs, states))
             place = Place("effects", "", regime.name, "float64")
 
             def compare(adapter: Any = adapter, place: Place = place, side: str = side, inputs: Any = inputs, states: Any = states,
@@ -177,8 +178,8 @@ def observability(battery: Battery) -> list[Check]:
     """Every floating leaf, moved by 1 %, changes an output or a gradient of the reference, and changes the candidate alike."""
     recording, candidate = battery.recording, battery.candidate
     reference, other = recording.adapter("float64"), candidate.adapter("float64")
-    regimes = [(regime, recording.inputs(regime), recording.states(regime)) for regime in recording.plain()]
-    base = [digest(recording.run(regime).outputs) for regime, _, _ in regimes]
+    regimes = [(recording.inputs(regime), recording.states(regime), battery.states(regime)) for regime in recording.plain()]
+    base = [digest(recording.run(regime).outputs) for regime in recording.plain()]
     checks: list[Check] = []
     try:
         for name, leaf in recording.leaves.items():
@@ -190,7 +191,7 @@ def observability(battery: Battery) -> list[Check]:
             changed[name] = moved(recording.weights[name], name, recording.case.seed)
             changed.update({tied: changed[owner] for tied, owner in recording.case.ties.items() if owner == name})
             reference.load(changed)
-            outputs = [reference.run(inputs, states, tap=False).outputs for _, inputs, states in regimes]
+            outputs = [reference.run(inputs, states, tap=False).outputs for inputs, states, _ in regimes]
             seen = any(digest(output) != before for output, before in zip(outputs, base, strict=True))
             checks.append(_observed(battery, place, name, leaf, seen))
 
@@ -199,7 +200,7 @@ def observability(battery: Battery) -> list[Check]:
                 other.load({target: shift[target] if any(source == name for source in candidate.map.sources_of(target)) else value  # noqa: B023
                             for target, value in candidate.weights.items()})
                 found = []
-                for (_, inputs, states), expected in zip(regimes, outputs, strict=True):
+                for (inputs, _, states), expected in zip(regimes, outputs, strict=True):
                     found += exact(place, expected, other.run(inputs, states, tap=False).outputs, battery.bounds, "free", 8)
                 return [check for check in found if not check.held]
 

@@ -76,6 +76,12 @@ def map_named(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") 
     return dataclasses.replace(tree, **{name: value for (name, _), value in zip(inner, values, strict=True)})
 
 
+def like(template: Any, tree: Any) -> Any:
+    """The leaves of `tree` in the containers of `template`; `tree` itself when the two do not have the same leaves."""
+    leaves = named(tree)
+    return map_named(lambda name, _: leaves[name], template) if set(leaves) == set(named(template)) else tree
+
+
 def signature(tree: Any) -> tuple:
     """Hashable description: containers, names, and of each leaf its shape and dtype or, for a Python scalar, its value."""
     if tree is None:
