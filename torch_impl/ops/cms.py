@@ -61,7 +61,7 @@ def write_lazy(
     is_open = is_open & _finite(value, key, gate)
     memory, written = _put(memory, row, is_open, gate, value / scale)
     keys, _ = _put(keys, row, is_open, gate, key / scale)
-    norms = norms.scatter(-1, row[..., None], written.detach().square().sum(-1, keepdim=True))
+    norms = norms.detach().scatter(-1, row[..., None], written.detach().square().sum(-1, keepdim=True))
     if scale < FOLD:
         memory, keys, norms, scale = scale * memory, scale * keys, (scale * memory.detach()).square().sum(-1), torch.ones_like(scale)
     return memory, keys, norms, scale
