@@ -19,6 +19,7 @@ jax = pytest.importorskip("jax")
 
 from jax_impl.functional import WaveCoreModel  # noqa: E402
 from parity_tests.harness.adapters.nnx_trace import quick_options  # noqa: E402
+from torch_impl.ops.cms import FOLD  # noqa: E402
 from torch_impl.wavecore import WaveCore  # noqa: E402
 
 # The project's bound between two implementations over a rollout: a dozen steps of some 1e3 roundings of 1e-16 each.
@@ -45,6 +46,7 @@ VARIANTS = {
     "threshold": {"salience_threshold": 0.62},
     "many at once": {
         "mamba_state_dim": 3, "salience_threshold": 0.4, "state_saturation_limit": 3.0, "heads": ALL, "mamba_dt_min": 0.01, **FOUR,
+        "cms_decays": (0.95, 0.9, 0.07, 0.03),  # the lazy scale of two levels is folded into the memory within four steps
     },
 }
 # In JAX each takes seconds to compile; these use every line of the model but the choice of heads.
@@ -224,6 +226,8 @@ def test_the_runs_reach_what_they_are_for(variant):
     assert beyond.any()
     if config.state_saturation_limit == 10.0:
         assert not beyond.all()
+    if variant == "many at once":
+        assert all((1 - decay) ** GRADIENT_STEPS < FOLD for decay in config.cms_decays[:2])
     if config.cms_write == "slot0":
         assert not rows.any() and is_open.all()
         return
