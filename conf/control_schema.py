@@ -120,7 +120,8 @@ class ControlTrainingConfig:
 @dataclass(frozen=True)
 class ControlEvaluationConfig:
     """In the environment: `episodes` episodes of policy, expert and random actions; forecasts of `horizon` steps from `starts` starts, each
-    after `warm_up` steps of an episode; a Lyapunov exponent over `lyapunov_steps` steps after `burn_in`. `pictures`: an episode is rendered.
+    after `warm_up` steps of an episode; a Lyapunov exponent over `lyapunov_steps` steps after `burn_in`, none for 0. `pictures`: an
+    episode is rendered.
     """
 
     every: int = 200
@@ -133,7 +134,9 @@ class ControlEvaluationConfig:
     pictures: bool = True
 
     def __post_init__(self) -> None:
-        whole(self, every=1, episodes=1, starts=1, warm_up=0, horizon=1, lyapunov_steps=1000, burn_in=0)
+        whole(self, every=1, episodes=1, starts=1, warm_up=0, horizon=1, lyapunov_steps=0, burn_in=0)
+        if 0 < self.lyapunov_steps < 1000:
+            raise ValueError(f"lyapunov_steps must be 0 or at least 1000, found {self.lyapunov_steps}")
 
 
 def default_core() -> WaveCoreConfig:

@@ -59,7 +59,8 @@ class Control:
     windows: Windows
     held_out: Rows
     step: steps.ControlStep
-    curve: list[dict[str, float]] = field(default_factory=list)  # the parts of the loss after every step
+    before: dict[str, float] = field(default_factory=dict)  # what was measured of the untrained core
+    losses: list[float] = field(default_factory=list)  # of every step
 
     @property
     def model(self) -> Any:
@@ -99,9 +100,11 @@ def run(config: ControlConfig, folder: Path, *, group: str | None = None) -> dic
             name=folder.name, group=group, tags=["wavecore", config.backend.name, state.environments[0].name], run_id=None,
         )
         try:
-            before, forecast_before, _ = _measure(state)
+            state.before, forecast_before, _ = _measure(state)
+            with open(folder / METRICS, "a", encoding="utf-8") as metrics:
+                _log(metrics, tracker, 0, state.before)
             seconds = _loop(state, tracker, console)
-            found = _conclude(state, tracker, console, before, forecast_before, seconds, started)
+            found = _conclude(state, tracker, console, forecast_before, seconds, started)
         finally:
             tracker.finish()
             for opened in state.environments:
@@ -154,7 +157,7 @@ def _loop(state: Control, tracker: Tracker, console: Console) -> float:
             figures = state.step.step(streams.batch(state.windows.batch(done - 1), config, done), rate)
             seconds += time.perf_counter() - started
             _check_finite(figures, done)
-            state.curve.append(figures)
+            state.losses.append(float(f"{figures['loss']:.6g}"))
             values: dict[str, float] = {}
             if done % config.training.log_every == 0 or done == last:
                 values = {f"train/{name}": value for name, value in figures.items()} | {"rate": rate} | _saturated(state)
@@ -198,13 +201,14 @@ def _measure(state: Control) -> tuple[dict[str, float], Forecast, Episodes]:
 
 
 def _conclude(
-    state: Control, tracker: Tracker, console: Console, before: dict[str, float], forecast_before: Forecast, seconds: float, started: float
+    state: Control, tracker: Tracker, console: Console, forecast_before: Forecast, seconds: float, started: float
 ) -> dict[str, Any]:
     """Final measurements, the saved core, pictures, tables and summary."""
-    config, last = state.config, state.config.training.steps
+    config, last, before = state.config, state.config.training.steps, state.before
     with console.status("evaluation"):
         after, foreseen, episodes = _measure(state)
-        after |= exponents(state.model, state.data.statistics, episodes, config)
+        if config.evaluation.lyapunov_steps:
+            after |= exponents(state.model, state.data.statistics, episodes, config)
         others = {
             name: float(run_episodes(state.environments, policy, range(EVALUATION_SEED, EVALUATION_SEED + config.evaluation.episodes)).returns.mean())
             for name, policy in (("expert", Scripted(expert_for(state.environments[0].name, config.environment.expert))),
@@ -221,8 +225,8 @@ def _conclude(
     }
     final = {f"final/{name}": value for name, value in after.items()} | {"final/fraction": found["returns"]["fraction"]}
     with open(state.folder / METRICS, "a", encoding="utf-8") as metrics:
-        _log(metrics, tracker, last, final)
-    _save(state, state.folder / MODEL, last, before, after)
+        _log(metrics, tracker, last, final | {name: value for name, value in after.items() if name.startswith("validation/")})
+    _save(state, state.folder / MODEL, last, after)
     for name, path in _pictures(state, forecast_before, foreseen).items():
         tracker.image(name, path, last)
     tracker.table("returns", ["policy", "return"], [[name, found["returns"][name]] for name in ("random", "untrained", "policy", "expert")], last)
@@ -246,7 +250,7 @@ def _pictures(state: Control, before: Forecast, after: Forecast) -> dict[str, Pa
     seed = EVALUATION_SEED
     if config.evaluation.pictures:
         written = pictures.render_episode(folder, config.environment.name, policy, seed)
-        drawn |= {f"episode/{kind}": path for kind, path in written.items()}
+        drawn |= {f"episode/{kind}": path for kind, path in written.items() if kind == "strip"}  # of a GIF W&B keeps the first picture
     if not policy.thoughts:  # nothing could be drawn, or should be
         run_episodes(state.environments[:1], policy, [seed])
     seconds, thoughts = state.environments[0].seconds, policy.thoughts
@@ -257,13 +261,15 @@ def _pictures(state: Control, before: Forecast, after: Forecast) -> dict[str, Pa
     return drawn
 
 
-def _save(state: Control, target: Path, step: int, before: dict[str, float], after: dict[str, float]) -> None:
+def _save(state: Control, target: Path, step: int, after: dict[str, float]) -> None:
     """The core with its manifest and proof of learning, and what it takes to use it in its environment."""
-    losses = {name: {part: values.get(f"validation/{part}") for part in steps.PARTS} for name, values in (("before", before), ("after", after))}
-    curve = [{name: float(f"{value:.6g}") for name, value in figures.items()} for figures in state.curve]
+    losses = {name: {part: values[f"validation/{part}"] for part in steps.PARTS} for name, values in (("before", state.before), ("after", after))}
     runtime.save_core(
-        state.model, target, training={"steps": step, "final_loss": state.curve[-1]["loss"], "text_samples": 0},
-        proof={**losses, "curve": curve, "data": _data(state), "seed": state.config.seed},
+        state.model, target, training={"steps": step, "final_loss": state.losses[-1], "text_samples": 0},
+        proof={
+            "loss_before": losses["before"]["loss"], "loss_after": losses["after"]["loss"], "curve": state.losses, "validation": losses,
+            "data": _data(state), "seed": state.config.seed,
+        },
     )
     statistics = {item.name: getattr(state.data.statistics, item.name).tolist() for item in dataclasses.fields(state.data.statistics)}
     described = {"environment": state.environments[0].name, "statistics": statistics}
@@ -276,8 +282,7 @@ def _checkpoint(state: Control, step: int) -> None:
     root.mkdir(exist_ok=True)
     temporary, target = root / f".writing-{step:08d}", root / f"step-{step:08d}"
     try:
-        now = _validate(state)
-        _save(state, temporary, step, {}, now)
+        _save(state, temporary, step, _validate(state))
         os.rename(temporary, target)
         for old in sorted(root.glob("step-*"))[: -state.config.checkpoint.keep]:
             shutil.rmtree(old)
@@ -305,7 +310,7 @@ def _log(metrics: Any, tracker: Tracker, step: int, values: dict[str, float]) ->
 def _data(state: Control) -> dict[str, Any]:
     training, held_out = state.data.training, state.data.validation
     return {
-        "folder": str(state.data.folder), "environment": state.environments[0].name, "versions": state.environments[0].versions,
+        "name": state.data.folder.name, "environment": state.environments[0].name, "versions": state.environments[0].versions,
         "training_episodes": len(training), "training_steps": training.steps, "validation_episodes": len(held_out),
         "training_return": float(training.returns.mean()),
     }
