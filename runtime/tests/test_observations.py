@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conf.models import WaveCoreConfig
-from runtime.encoders import MINILM, find, packaged
+from runtime.encoders import MINILM, packaged
 from runtime.observations import EMBEDDING_GEMMA, TextObservations
 
 torch = pytest.importorskip("torch")
@@ -323,59 +323,16 @@ def test_reading_leaves_torch_and_transformers_as_they_were(encoder):
     assert_close(found, expected)
 
 
-def test_what_is_not_there(tmp_path, monkeypatch):
-    for missing in (tmp_path / "no", str(tmp_path / "no"), "./no", "no/such/folder"):
-        with pytest.raises(FileNotFoundError, match=r"^no folder .*no"):
-            find(missing)
-    with pytest.raises(ValueError, match=r"^model must be a folder or a name, found an empty string$"):
-        find("")
-    with pytest.raises(ValueError, match=r"^model must be a folder, 'all-MiniLM-L6-v2' or a name of the hub, found 'no such\?'$"):
-        find("no such?")
-    with pytest.raises(TypeError, match=r"^model must be a folder or a name, found NoneType$"):
-        find(None)
-    with pytest.raises(ModuleNotFoundError, match=r"^the package no-such-encoder is not installed: pip install --no-deps no-such-encoder$"):
-        packaged("no_such_encoder")
+def test_without_transformers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"^observations from text need PyTorch and transformers: pip install torch transformers$"):
         TextObservations(tmp_path)
 
 
-def test_altered_weights_in_the_package(tmp_path, monkeypatch):
-    (tmp_path / "some_encoder" / "model").mkdir(parents=True)
-    (tmp_path / "some_encoder" / "__init__.py").write_text("raise RuntimeError('found, never imported')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"^the package some_encoder holds no .*model\.safetensors$"):
-        packaged("some_encoder")
-    (tmp_path / "some_encoder" / "model" / "model.safetensors").write_bytes(b"altered")
-    with pytest.raises(ValueError, match=r"model\.safetensors has sha256 [0-9a-f]{64}, expected 53aa5117"):
-        packaged("some_encoder")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The library of the model hub without a network; nothing is cached."""
+def test_no_network(tmp_path, monkeypatch):
     library = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(library.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return library
-
-
-def test_no_network(hub):
+    monkeypatch.setattr(library.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=rf"^{EMBEDDING_GEMMA} is no local folder, is not cached, and the model hub cannot") as caught:
         TextObservations()
     assert str(caught.value).endswith("give a local folder") and "\n" not in str(caught.value)
-
-
-def test_a_name_of_the_hub(hub, encoder, monkeypatch):
-    """Fetched without other runtimes' files. A copy without a head is used only where the hub says that there is none."""
-    asked = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **patterns: asked.append((name, patterns)) or str(encoder))
-    with pytest.raises(FileNotFoundError, match=r"the model hub cannot be reached"):
-        find("some/encoder")
-    write_modules(encoder, ("Pooling", "1_Pooling"))
-    assert find("some/encoder") == encoder
-    patterns = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"], "ignore_patterns": ["onnx/*", "openvino/*"]}
-    assert asked[-1] == ("some/encoder", patterns)
-    (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
-    find("some/encoder")
-    assert asked[-1][1]["allow_patterns"][-1] == "*.bin"
