@@ -31,10 +31,10 @@ def test_altered_weights_in_the_package(tmp_path, monkeypatch):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The library of the model hub without a network; nothing is cached."""
-    library = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(library.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return library
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return pytest.importorskip("huggingface_hub")
 
 
 def test_a_name_of_the_hub(hub, tmp_path, monkeypatch):

@@ -330,9 +330,9 @@ def test_without_transformers(tmp_path, monkeypatch):
 
 
 def test_no_network(tmp_path, monkeypatch):
-    library = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(library.constants, "HF_HUB_CACHE", str(tmp_path))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=rf"^{EMBEDDING_GEMMA} is no local folder, is not cached, and the model hub cannot") as caught:
         TextObservations()
     assert str(caught.value).endswith("give a local folder") and "\n" not in str(caught.value)
