@@ -51,5 +51,8 @@ def test_a_name_of_the_hub(hub, tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").unlink()
     find("some/encoder")
     assert asked[-1][1]["allow_patterns"][-1] == "*.bin"
+
+
+def test_what_cannot_be_a_name(hub):
     with pytest.raises(ValueError, match=r"^model must be a folder, 'all-MiniLM-L6-v2' or a name of the hub, found 'no such\?'$"):
         find("no such?")
