@@ -13,5 +13,6 @@ from runtime.checkpoint import load, save
 from runtime.core import load_core, save_core
 from runtime.files import read_arrays
 from runtime.lam import LAM
+from runtime.observations import TextObservations
 
-__all__ = ["BACKENDS", "LAM", "build", "init", "load", "load_core", "public", "read_arrays", "save", "save_core"]
+__all__ = ["BACKENDS", "LAM", "TextObservations", "build", "init", "load", "load_core", "public", "read_arrays", "save", "save_core"]
