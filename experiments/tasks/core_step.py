@@ -31,7 +31,6 @@ from conf.models import TIER_SIZES, WaveCoreConfig
 from experiments import environment
 from jax_impl.functional import Variables, WaveCoreModel
 
-OBS_DIM = 768
 PARTS = ("encoder", "cms_read", "core", "cms_write", "decoder")
 REST = "rest"  # what XLA made of none of the parts alone
 Held = Any
@@ -97,14 +96,14 @@ class Result:
     environment: dict[str, str]
 
 
-def run(tier: str = "v3.0", batch: int | None = 1, rounds: int = 200, steps: int = 10, config: WaveCoreConfig | None = None) -> Result:
-    """Measure a tier (or `config` with the widths of that tier) on `batch` rows, None for no batch axis: `rounds` samples of `steps` steps each."""
+def run(tier: str = "v3.0", batch: int | None = 1, rounds: int = 200, steps: int = 10) -> Result:
+    """Measure a tier on `batch` rows, None for no batch axis: `rounds` samples of `steps` steps each."""
     sizes = TIER_SIZES[tier]
-    model = WaveCoreModel(WaveCoreConfig.tier(tier) if config is None else config, OBS_DIM, sizes["action_dim"], sizes["output_dim"])
+    model = WaveCoreModel(WaveCoreConfig.tier(tier), **sizes)
     variables = model.init(0)
     rows = () if batch is None else (batch,)
     rng = np.random.default_rng(0)
-    inputs = [jnp.asarray(rng.normal(size=(*rows, width)), jnp.float32) for width in (OBS_DIM, sizes["action_dim"], 1)]
+    inputs = [jnp.asarray(rng.normal(size=(*rows, width)), jnp.float32) for width in (sizes["obs_dim"], sizes["action_dim"], 1)]
     variants = compile_both(model, variables, batch, inputs)
     for variant in variants.values():
         variant.run(variables, inputs, steps)
