@@ -112,7 +112,8 @@ def test_gradients_flow_through_gate_new_and_old_and_a_closed_gate_has_none(form
         after = cms.write(memory, keys, value, key, gate, 0.1, **options)[0]
     else:
         scale = torch.tensor(0.25, dtype=torch.float64)
-        held = cms.write_lazy(memory / scale, keys / scale, (memory.detach() / scale).square().sum(-1), scale, value, key, gate, 0.1, **options)
+        norms, scale_given = (memory.detach() / scale).square().sum(-1), scale.clone().requires_grad_()
+        held = cms.write_lazy(memory / scale, keys / scale, norms, scale_given, value, key, gate, 0.1, **options)
         after = held[0] * held[3]
         assert not held[2].requires_grad and not held[3].requires_grad
     (after * weights).sum().backward()
