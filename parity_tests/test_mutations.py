@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pytest
-
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters.nnx_trace import Patch
-from parity_tests.harness.mutate import Injector, Mutation, run_mutations
+from parity_tests.harness.mutate import Injector, Mutation
+from parity_tests.harness.plugin import mutation_tests
 from parity_tests.specs import DEFAULT, grounded_mamba
 
 # the regimes that the bugs below need: the state handed on, the offset that breaks a one-pass variance, more than one chunk
@@ -48,17 +47,7 @@ INJECTORS = (
     misread("spectral bound 1 for 0.99", "blocks.0.ssm", max_singular=1.0),
 )
 
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, Mutation]:
-    return {item.name: item for item in run_mutations(CASE, INJECTORS, healthy=False)}
-
-
-@pytest.mark.parametrize("injector", INJECTORS, ids=lambda injector: injector.name.replace(" ", "_"))
-def test_detected_and_located(found: dict[str, Mutation], injector: Injector) -> None:
-    mutation = found[injector.name]
-    assert mutation.detected, "the harness did not notice"
-    assert mutation.located == injector.where, mutation.sentence
+found, test_detected_and_located = mutation_tests((CASE, INJECTORS))
 
 
 def test_cosine_alone_misses_what_the_rules_find(found: dict[str, Mutation]) -> None:

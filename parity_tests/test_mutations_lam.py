@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jax_impl.ops import delta_rule as ops
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters.nnx_trace import Patch
-from parity_tests.harness.mutate import Injector, Mutation, run_mutations
+from parity_tests.harness.mutate import Injector, Mutation
+from parity_tests.harness.plugin import mutation_tests
 from parity_tests.specs import LAM, encoder
 
 CASE = encoder("lam", regimes=("as is",))
@@ -113,17 +113,7 @@ INJECTORS = (
     bugs.averaged_over_batch("blocks.1.delta.o_norm"),
 )
 
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, Mutation]:
-    return {item.name: item for item in run_mutations(CASE, INJECTORS, healthy=False)}
-
-
-@pytest.mark.parametrize("injector", INJECTORS, ids=lambda injector: injector.name.replace(" ", "_"))
-def test_detected_and_located(found: dict[str, Mutation], injector: Injector) -> None:
-    mutation = found[injector.name]
-    assert mutation.detected, "the harness did not notice"
-    assert mutation.located == injector.where, mutation.sentence
+found, test_detected_and_located = mutation_tests((CASE, INJECTORS))
 
 
 def test_cosine_alone_misses_most_of_what_the_rule_hides(found: dict[str, Mutation]) -> None:

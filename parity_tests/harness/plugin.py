@@ -22,6 +22,7 @@ import pytest
 
 from .battery import TIERS, Battery, TierResult
 from .case import Case, CaseError
+from .mutate import Injector, Mutation, run_mutations
 
 _batteries: dict[int, tuple[Case, Battery]] = {}
 
@@ -86,6 +87,32 @@ def parity_case(*cases: Case | Callable[[], Case | Sequence[Case]], tiers: Seque
         return pytest.mark.parametrize("parity", parameters)(test)
 
     return decorate
+
+
+def mutation_tests(*runs: tuple[Case, Sequence[Injector]], healthy: Sequence[Case] = ()) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Every injected bug as a test: it has to be noticed, and located at the module where it was put.
+
+        found, test_detected_and_located = mutation_tests((case, injectors), (other_case, other_injectors))
+
+    `found` is the fixture that the test needs, the mutations of the module by name. Those of the cases that are in `healthy` have to hold
+    without a bug first; the others have tests of their own for that. Raises CaseError when two injectors have one name, or when there is none.
+    """
+    injectors = [injector for _, own in runs for injector in own]
+    names = [injector.name for injector in injectors]
+    if not names or len(set(names)) != len(names):
+        raise CaseError(f"mutation_tests needs injectors with names of their own, found {names}")
+
+    @pytest.fixture(scope="module")
+    def found() -> dict[str, Mutation]:
+        return {item.name: item for case, own in runs for item in run_mutations(case, own, healthy=case in healthy)}
+
+    @pytest.mark.parametrize("injector", injectors, ids=[name.replace(" ", "_") for name in names])
+    def test(found: dict[str, Mutation], injector: Injector) -> None:
+        mutation = found[injector.name]
+        assert mutation.detected, "the harness did not notice"
+        assert mutation.located == injector.where, mutation.sentence
+
+    return found, test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

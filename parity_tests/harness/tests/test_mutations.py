@@ -14,6 +14,7 @@ pytest.importorskip("flax")
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.case import CaseError
 from parity_tests.harness.mutate import Injector, run_mutations
+from parity_tests.harness.plugin import mutation_tests
 from parity_tests.harness.tests import toy, toy_nnx
 
 
@@ -61,16 +62,7 @@ INJECTORS = (
 CASE = replace(toy.CASE, bounds=(), regimes=("as is", "carried state", "+ 100"))
 
 
-@pytest.fixture(scope="module")
-def found() -> dict:
-    return {item.name: item for item in run_mutations(CASE, INJECTORS, healthy=False)}
-
-
-@pytest.mark.parametrize("injector", INJECTORS, ids=lambda injector: injector.name.replace(" ", "_"))
-def test_detected_and_located(found: dict, injector: Injector) -> None:
-    mutation = found[injector.name]
-    assert mutation.detected, "the harness did not notice"
-    assert mutation.located == injector.where, mutation.sentence
+found, test_detected_and_located = mutation_tests((CASE, INJECTORS))
 
 
 def test_cosine_alone_is_blind_to_most(found: dict) -> None:

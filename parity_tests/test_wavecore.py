@@ -1,0 +1,100 @@
+"""WaveCore in torch against its NNX port: every tier of every variant, and 50 steps with each row that they write."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from conf.models import SizedWaveCoreConfig
+from parity_tests.harness import Battery
+from parity_tests.harness.compare import Place, rounded
+from parity_tests.harness.plugin import TierTest, parity_case
+from parity_tests.harness.recording import Recording
+from parity_tests.harness.regimes import BY_NAME
+from parity_tests.specs_wavecore import CASES, DEFAULT, LINEAR, rolled, rollout
+
+MODULES = {"encoder", "cms_read", "core", "core.wave", "cms_write", "decoder"}
+ROLLOUT, _, LINEAR_STEP = CASES  # the step of a selective wave holds in test_mutations_wave, before anything is put into it
+LAYERS = ("conversion", "coverage", "forced", "free", "rounding", "gradients")
+
+
+@parity_case(ROLLOUT, tiers=(*LAYERS, "splits", "optimiser", "effects"))
+def test_rollout(parity: TierTest) -> None:
+    every_module_is_forced(parity)
+
+
+@parity_case(LINEAR_STEP, tiers=LAYERS)
+def test_linear_step(parity: TierTest) -> None:
+    every_module_is_forced(parity)
+
+
+def every_module_is_forced(parity: TierTest) -> None:
+    if parity.tier == "forced":
+        assert {check.where for check in parity.result().checks} >= MODULES
+
+
+def choice(module: Any, before: Any, after: Any) -> tuple[Any, ...]:
+    """Of every level the row (B,) that a step wrote, -1 where its gate was closed, seen from the memory before and after."""
+    found = []
+    for old, new, decay in zip(module.memories(before)[0], module.memories(after)[0], module.config.cms_decays, strict=True):
+        change = ((new - (1 - decay) * old) ** 2).sum(-1)  # (B, n), rounding where nothing was written
+        is_open = (change > 1e-6).any(-1)
+        found.append(change.argmax(-1) * is_open - 1 * ~is_open)
+    return tuple(found)
+
+
+def torch_steps(module: Any, inputs: dict[str, Any], state: Any) -> tuple[Any, ...]:
+    outputs, rows = rolled(module, inputs, state), []
+    state = module.init_state(inputs["x_obs"].shape[1]) if state is None else state
+    for now in zip(*inputs.values(), strict=True):
+        before, (_, state, _) = state, module.step(state, *now)
+        rows.append(choice(module, before, state))
+    return *outputs, [torch.stack(level) for level in zip(*rows, strict=True)]
+
+
+def jax_steps(module: Any, inputs: dict[str, Any], state: Any) -> tuple[Any, ...]:
+    def step(state: Any, now: tuple[Any, ...]) -> tuple[Any, Any]:
+        _, after, _ = module.step(state, *now)
+        return after, choice(module, state, after)
+
+    begin = module.init_state(inputs["x_obs"].shape[1]) if state is None else state
+    return *rolled(module, inputs, state), list(jax.lax.scan(step, begin, tuple(inputs.values()))[1])
+
+
+def margin(recording: Recording, config: SizedWaveCoreConfig) -> float:
+    """How far any choice of the reference was from another one: of a gate from its threshold, of the least norm from the next one."""
+    closest = np.inf
+    for call in recording.run(BY_NAME["carried state"]).calls:
+        if call.path == "cms_write":
+            for norms in call.args[5]:
+                least, second = np.sort(norms, -1)[:, :2].T
+                gap = np.where(second == 0.0, 1.0, (second - least) / np.where(second == 0.0, 1.0, second))  # empty rows tie, exactly
+                closest = min(closest, gap.min())
+        elif call.path.startswith("cms_write.gate"):
+            closest = min(closest, np.abs(1 / (1 + np.exp(-call.outputs)) - config.salience_threshold).min())
+    return float(closest)
+
+
+@pytest.mark.parametrize("config", [DEFAULT, LINEAR], ids=["least_salient", "slot0"])
+def test_fifty_steps_write_the_same_rows(config: SizedWaveCoreConfig) -> None:
+    case = dataclasses.replace(rollout("fifty steps", config, ("carried state",), length=50), call=(torch_steps, jax_steps))
+    battery = Battery(case)
+    free = battery.tier("free")
+    assert free.held, free.sentence
+    regime, recording = BY_NAME["carried state"], battery.recording
+    rows = recording.run(regime).outputs[3]
+    levels = len(config.cms_sizes)
+    if config.cms_write == "slot0":
+        assert len(rows) == levels and all({0} <= set(level.ravel()) <= {-1, 0} for level in rows)  # a gate at 0 leaves no trace
+    else:
+        assert len(rows) == levels and all({-1, *range(4)} < set(level.ravel()) for level in rows)  # open and closed, and many rows
+        assert margin(recording, config) > 1e-5  # 100 times the float32 rounding of states of order 1 after 50 steps
+    own, found = recording.run(regime, "float32").outputs, battery.free_run(regime, "float32").outputs
+    assert all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(rows, own[3], found[3], strict=True))
+    checks = rounded(Place("rounding", "", "50 steps", "float32"), recording.run(regime).outputs, own, found, battery.bounds)
+    assert len(checks) > 3 * levels and not [check for check in checks if not check.held]
