@@ -23,7 +23,7 @@ from rich.table import Table
 
 from experiments import report
 from experiments.errors import RunError
-from experiments.session import METRICS
+from experiments.folder import METRICS
 
 LOSS = "train/loss"
 FACTOR = 4.0

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -20,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import runtime
 from conf.distil_schema import DistilConfig
@@ -31,14 +27,12 @@ from experiments.distillation import batches, cache, summary, texts
 from experiments.distillation.loss import Figures, Student
 from experiments.distillation.teacher import Embed, Teacher, embeddings, locate, padded
 from experiments.errors import RunError
+from experiments.folder import CHECKPOINTS, METRICS, checkpoint, describe, how_to_look, log, progress_bar
 from experiments.monitors.memory import peak_bytes
 from experiments.tasks import sts
 from experiments.trackers import Tracker
 
-METRICS = "metrics.jsonl"
 MODEL = "model"
-_CHECKPOINTS = "checkpoints"
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -88,7 +82,7 @@ def run(config: DistilConfig, folder: Path, *, group: str | None = None) -> dict
         warnings.showwarning = lambda message, *_, **__: print(f"groundwave: {message}", file=sys.stderr)
         state = prepare(config, folder, console)
         described = environment.describe()
-        _describe(state, described)
+        describe(folder, config, described, state.texts.sources)
         tracker = trackers.make(
             config.tracker, folder, settings={**dataclasses.asdict(config), "environment": described, "data": state.texts.sources}, name=folder.name,
             group=group, tags=["lam", "distil"], run_id=None,
@@ -107,7 +101,7 @@ def prepare(config: DistilConfig, folder: Path, console: Console) -> Distillatio
     """Read the teacher and the texts, compute or find the teacher's outputs, build the student. Raises RunError."""
     import torch
 
-    if (folder / MODEL).exists() or (folder / _CHECKPOINTS).exists():
+    if (folder / MODEL).exists() or (folder / CHECKPOINTS).exists():
         raise RunError(f"run_dir: {folder} already holds a model; choose another folder")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -119,7 +113,7 @@ def prepare(config: DistilConfig, folder: Path, console: Console) -> Distillatio
         f"{len(gathered.sentences):,} sentences and {len(gathered.passages):,} passages, {sum(map(len, ids)):,} tokens with those held out; {folder}",
         highlight=False,
     )
-    with Progress(*_COLUMNS, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("teacher", total=len(ids), figures="")
         outputs = cache.outputs(
             Path(config.data.cache_dir), teacher, ids, config.training.batch_tokens, lambda done: progress.update(bar, completed=done))
@@ -142,7 +136,7 @@ def _loop(state: Distillation, tracker: Tracker, console: Console) -> float:
     """Train to the last step; the seconds of training, evaluation left out."""
     config, last, live = state.config, state.last_step, console.is_terminal
     seconds, window, window_seconds = 0.0, 0, 0.0
-    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, Progress(*_COLUMNS, console=console, disable=not live) as progress:
+    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
         bar = progress.add_task("distilling", total=last, figures="")
         for done, chosen in enumerate(state.plan[:last], start=1):
             started = time.perf_counter()
@@ -161,14 +155,14 @@ def _loop(state: Distillation, tracker: Tracker, console: Console) -> float:
             if done % config.evaluation.every == 0 and done < last:
                 values |= _measure(state, f"step {done}", console, lengths=False)
             if values:
-                _log(metrics, tracker, done, values)
+                log(metrics, tracker, done, values)
             if "train/loss" in values:
                 progress.update(bar, figures=_line(figures))
                 if not live and (done == last or done % (max(last // 20 // config.training.log_every, 1) * config.training.log_every) == 0):
                     console.print(f"step {done}/{last}  {_line(figures)}  {values['time/tokens_per_second']:.0f} tokens/s", highlight=False)
             progress.update(bar, completed=done)
             if done % config.checkpoint.every == 0 and done < last:
-                _checkpoint(state, done)
+                checkpoint(state.folder, done, config.checkpoint.keep, state.lam.save)
     return seconds
 
 
@@ -206,7 +200,7 @@ def _conclude(state: Distillation, tracker: Tracker, console: Console, before: d
     last, peak = state.last_step, peak_bytes()
     after = _measure(state, "trained student")
     with open(state.folder / METRICS, "a", encoding="utf-8") as metrics:
-        _log(metrics, tracker, last, {f"final/{name}": value for name, value in after.items()})
+        log(metrics, tracker, last, {f"final/{name}": value for name, value in after.items()})
     state.lam.save(state.folder / MODEL)
     scores: dict[str, dict[str, float]] = {}
     if state.pairs is not None:
@@ -233,20 +227,6 @@ def _tokens(state: Distillation) -> int:
     return int(sum(state.outputs.lengths[chosen].sum() for chosen in state.plan[: state.last_step]))
 
 
-def _checkpoint(state: Distillation, step: int) -> None:
-    """Save the model as it is under the run's folder and drop all but the newest."""
-    root = state.folder / _CHECKPOINTS
-    root.mkdir(exist_ok=True)
-    temporary, target = root / f".writing-{step:08d}", root / f"step-{step:08d}"
-    try:
-        state.lam.save(temporary)
-        os.rename(temporary, target)
-        for old in sorted(root.glob("step-*"))[: -state.config.checkpoint.keep]:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
-
-
 def _check(figures: Figures, step: int) -> None:
     if not math.isfinite(figures.loss) or not math.isfinite(figures.gradient_norm):
         raise RunError(
@@ -259,33 +239,14 @@ def _line(figures: Figures) -> str:
     return f"loss {figures.loss:.4f}  hidden {figures.hidden:.4f}  1 - cosine {figures.embedding:.4f}"
 
 
-def _log(metrics: Any, tracker: Tracker, step: int, values: dict[str, float]) -> None:
-    metrics.write(json.dumps(report.finite({"step": step, **values})) + "\n")
-    metrics.flush()
-    tracker.log(values, step)
-
-
-def _describe(state: Distillation, described: dict[str, str]) -> None:
-    folder = state.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(dataclasses.asdict(state.config)))
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    (folder / "data.json").write_text(json.dumps(state.texts.sources, indent=1) + "\n", encoding="utf-8")
-
-
 def _how_to_look(console: Console, state: Distillation, tracker: Tracker) -> None:
     folder = state.folder
-    lines = [
-        "How to look at this:",
-        f"  curves        {folder / 'curve.svg'}",
-        f"  numbers       {folder / METRICS}, {folder / 'summary.json'}",
-        f"  the model     runtime.LAM.from_pretrained('{folder / MODEL}').encode([...])",
-        f"  its scores    groundwave evaluate task=sts model={folder / MODEL} path=CSV",
+    places = [
+        ("curves", f"{folder / 'curve.svg'}"), ("numbers", f"{folder / METRICS}, {folder / 'summary.json'}"),
+        ("the model", f"runtime.LAM.from_pretrained('{folder / MODEL}').encode([...])"),
+        ("its scores", f"groundwave evaluate task=sts model={folder / MODEL} path=CSV"),
     ]
-    if tracker.folder is not None:
-        lines += [f"  W&B, here     wandb leet {tracker.folder.parent}", f"  W&B, upload   wandb sync {tracker.folder}"]
-    console.print("\n".join(lines), highlight=False, markup=False)
+    how_to_look(console, tracker, places)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 import runtime
 from conf.schema import TrainConfig
 from experiments import checkpoint, environment
 from experiments.data import batches, corpus, tokens
 from experiments.errors import RunError
+from experiments.folder import METRICS, describe, plain
 from experiments.steps import TrainStep, make
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -70,7 +67,7 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
         step.load_carried(resumed.states)
     described = environment.describe()
     data = {"sha256": text.sha256, "training_tokens": stream.tokens, "held_out_tokens": len(held_out), "files": text.listing()}
-    _describe(config, folder, described, data)
+    describe(folder, config, described, data)
     if resumed:
         _warn(resumed, described, text.sha256)
     _trim(folder / METRICS, resumed.step if resumed else 0)
@@ -95,11 +92,6 @@ def save(session: Session, done: int, seconds: float, tracker_id: str | None) ->
     }
     step = session.step
     return checkpoint.save(session.folder, step.model, step.optimiser_arrays(), step.carried(), description, session.config.checkpoint.keep)
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as dicts, lists, strings and numbers."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _resumed(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
@@ -136,13 +128,6 @@ def _threads(config: TrainConfig) -> None:
         import torch
 
         torch.set_num_threads(config.backend.threads)
-
-
-def _describe(config: TrainConfig, folder: Path, described: dict[str, str], data: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    (folder / "data.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _trim(path: Path, step: int) -> None:

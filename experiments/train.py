@@ -14,11 +14,10 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.schema import TrainConfig
 from experiments import checkpoint, report, schedule, session, trackers
@@ -26,10 +25,11 @@ from experiments.data import batches
 from experiments.data.tokens import END
 from experiments.errors import RunError
 from experiments.evaluation import Validation, seen_symbols, trigram_bits_per_byte, validate
+from experiments.folder import METRICS, how_to_look, log, progress_bar
 from experiments.monitors.memory import peak_bytes
 from experiments.monitors.statistics import gradient_statistics, state_statistics
 from experiments.ngram import Trigram
-from experiments.session import METRICS, Session
+from experiments.session import Session
 from experiments.steps.base import StepResult
 from experiments.tasks import long_context
 from experiments.trackers import Tracker
@@ -67,10 +67,9 @@ def _loop(state: Session, tracker: Tracker, console: Console) -> float:
     config, last = state.config, state.config.training.last_step
     lanes = batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size)
     seconds, saved = state.seconds, None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
     live = console.is_terminal
     stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
-    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, Progress(*columns, console=console, disable=not live) as progress:
+    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
         bar = progress.add_task("training", total=last, completed=state.start, figures="")
         window_tokens, window_seconds = 0, 0.0
         for done in range(state.start + 1, last + 1):
@@ -91,8 +90,7 @@ def _loop(state: Session, tracker: Tracker, console: Console) -> float:
             if done % config.evaluation.every == 0 and done < last:
                 values |= _validation(validate(state.step, lanes, state.tokenizer, config.training.context))
             if values:
-                _write(metrics, done, values)
-                tracker.log(values, done)
+                log(metrics, tracker, done, values)
             if logged:
                 speed = f"{values['time/tokens_per_second']:.0f} tokens/s"
                 figures = f"loss {result.losses['loss']:.3f}  {values['train/bits_per_token']:.3f} bits  {speed}"
@@ -132,8 +130,7 @@ def _conclude(state: Session, tracker: Tracker, console: Console, seconds: float
     }
     values = {"final/bits_per_byte": final.bits_per_byte, "final/perplexity": final.perplexity, "final/trigram_bits_per_byte": baseline}
     with open(folder / METRICS, "a", encoding="utf-8") as metrics:
-        _write(metrics, last, values)
-    tracker.log(values, last)
+        log(metrics, tracker, last, values)
     if config.long_context:
         rows = long_context.run(state.step, state.held_out, config.evaluation.lengths, config.evaluation.chunk)
         summary["long_context"] = [dataclasses.asdict(row) for row in rows]
@@ -188,27 +185,18 @@ def _check(result: StepResult, step: int) -> None:
         )
 
 
-def _write(metrics: TextIO, step: int, values: Mapping[str, float]) -> None:
-    metrics.write(json.dumps(report.finite({"step": step, **values})) + "\n")
-    metrics.flush()
-
-
 def _artifact(tracker: Tracker, state: Session, saved: Path, step: int) -> None:
     tracker.artifact(f"{state.config.architecture}-{state.folder.name}", saved, "checkpoint", {"step": step, "backend": state.config.backend.name})
 
 
 def _how_to_look(console: Console, state: Session, tracker: Tracker) -> None:
     folder = state.folder
-    lines = [
-        "How to look at this:",
-        f"  curves        {folder / 'curve.svg'}",
-        f"  numbers       {folder / METRICS}, {folder / 'summary.json'}",
-        f"  checkpoints   {folder / checkpoint.FOLDER}",
-        f"  the model     runtime.load('{_newest(folder)}/model', backend='{state.config.backend.name}')",
+    places = [
+        ("curves", f"{folder / 'curve.svg'}"), ("numbers", f"{folder / METRICS}, {folder / 'summary.json'}"),
+        ("checkpoints", f"{folder / checkpoint.FOLDER}"),
+        ("the model", f"runtime.load('{_newest(folder)}/model', backend='{state.config.backend.name}')"),
     ]
-    if tracker.folder is not None:
-        lines += [f"  W&B, here     wandb leet {tracker.folder.parent}", f"  W&B, upload   wandb sync {tracker.folder}"]
-    console.print("\n".join(lines), highlight=False, markup=False)
+    how_to_look(console, tracker, places)
 
 
 def _newest(folder: Path) -> Path:

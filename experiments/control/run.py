@@ -10,20 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import runtime
 from conf.control_schema import ControlConfig
@@ -36,16 +33,14 @@ from experiments.control.rollouts import Episodes, Random, Scripted, run_episode
 from experiments.control.stability import exponents
 from experiments.control.windows import Rows, Windows
 from experiments.errors import RunError
+from experiments.folder import CHECKPOINTS, METRICS, checkpoint, describe, how_to_look, log, progress_bar
 from experiments.monitors.memory import peak_bytes
 from experiments.trackers import Tracker
 from runtime.build import check_backend
 
-METRICS = "metrics.jsonl"
 MODEL = "model"
 CONTROL = "control.json"
 SATURATED_AFTER = 100  # steps, as the specification counts
-_CHECKPOINTS = "checkpoints"
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
 
 
 @dataclass
@@ -94,7 +89,7 @@ def run(config: ControlConfig, folder: Path, *, group: str | None = None) -> dic
         warnings.showwarning = lambda message, *_, **__: print(f"groundwave: {message}", file=sys.stderr)
         state = prepare(config, folder, console)
         described = environment.describe()
-        _describe(state, described)
+        describe(folder, config, described, _data(state))
         tracker = trackers.make(
             config.tracker, folder, settings={**dataclasses.asdict(config), "environment_described": described, "data": _data(state)},
             name=folder.name, group=group, tags=["wavecore", config.backend.name, state.environments[0].name], run_id=None,
@@ -102,7 +97,7 @@ def run(config: ControlConfig, folder: Path, *, group: str | None = None) -> dic
         try:
             state.before, forecast_before, _ = _measure(state)
             with open(folder / METRICS, "a", encoding="utf-8") as metrics:
-                _log(metrics, tracker, 0, state.before)
+                log(metrics, tracker, 0, state.before)
             seconds = _loop(state, tracker, console)
             found = _conclude(state, tracker, console, forecast_before, seconds, started)
         finally:
@@ -115,7 +110,7 @@ def run(config: ControlConfig, folder: Path, *, group: str | None = None) -> dic
 
 def prepare(config: ControlConfig, folder: Path, console: Console) -> Control:
     """Record or find the episodes and build the core. Raises RunError."""
-    if (folder / MODEL).exists() or (folder / _CHECKPOINTS).exists():
+    if (folder / MODEL).exists() or (folder / CHECKPOINTS).exists():
         raise RunError(f"run_dir: {folder} already holds a model; choose another folder")
     if config.backend.name == "torch" and config.backend.threads is not None:
         import torch
@@ -149,7 +144,7 @@ def _loop(state: Control, tracker: Tracker, console: Console) -> float:
     """Train to the last step; the seconds of training, evaluation left out."""
     config, last, live = state.config, state.config.training.steps, console.is_terminal
     seconds, stride = 0.0, max(last // 20 // config.training.log_every, 1) * config.training.log_every
-    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, Progress(*_COLUMNS, console=console, disable=not live) as progress:
+    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
         bar = progress.add_task("training", total=last, figures="")
         for done in range(1, last + 1):
             started = time.perf_counter()
@@ -165,13 +160,13 @@ def _loop(state: Control, tracker: Tracker, console: Console) -> float:
             if done % config.evaluation.every == 0 and done < last:
                 values |= _validate(state)
             if values:
-                _log(metrics, tracker, done, values)
+                log(metrics, tracker, done, values)
             line = f"loss {figures['loss']:.4f}  action {figures['action']:.4f}  world model {figures['world_model']:.4f}"
             progress.update(bar, completed=done, figures=line)
             if not live and (done == last or done % stride == 0):
                 console.print(f"step {done}/{last}  {line}", highlight=False)
             if done % config.checkpoint.every == 0 and done < last:
-                _checkpoint(state, done)
+                checkpoint(state.folder, done, config.checkpoint.keep, partial(_save, state, step=done, after=_validate(state)))
     return seconds
 
 
@@ -225,8 +220,8 @@ def _conclude(
     }
     final = {f"final/{name}": value for name, value in after.items()} | {"final/fraction": found["returns"]["fraction"]}
     with open(state.folder / METRICS, "a", encoding="utf-8") as metrics:
-        _log(metrics, tracker, last, final | {name: value for name, value in after.items() if name.startswith("validation/")})
-    _save(state, state.folder / MODEL, last, after)
+        log(metrics, tracker, last, final | {name: value for name, value in after.items() if name.startswith("validation/")})
+    _save(state, state.folder / MODEL, step=last, after=after)
     for name, path in _pictures(state, forecast_before, foreseen).items():
         tracker.image(name, path, last)
     tracker.table("returns", ["policy", "return"], [[name, found["returns"][name]] for name in ("random", "untrained", "policy", "expert")], last)
@@ -261,7 +256,7 @@ def _pictures(state: Control, before: Forecast, after: Forecast) -> dict[str, Pa
     return drawn
 
 
-def _save(state: Control, target: Path, step: int, after: dict[str, float]) -> None:
+def _save(state: Control, target: Path, *, step: int, after: dict[str, float]) -> None:
     """The core with its manifest and proof of learning, and what it takes to use it in its environment."""
     losses = {name: {part: values[f"validation/{part}"] for part in steps.PARTS} for name, values in (("before", state.before), ("after", after))}
     runtime.save_core(
@@ -276,20 +271,6 @@ def _save(state: Control, target: Path, step: int, after: dict[str, float]) -> N
     (target / CONTROL).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def _checkpoint(state: Control, step: int) -> None:
-    """Save the core as it is under the run's folder and drop all but the newest."""
-    root = state.folder / _CHECKPOINTS
-    root.mkdir(exist_ok=True)
-    temporary, target = root / f".writing-{step:08d}", root / f"step-{step:08d}"
-    try:
-        _save(state, temporary, step, _validate(state))
-        os.rename(temporary, target)
-        for old in sorted(root.glob("step-*"))[: -state.config.checkpoint.keep]:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
-
-
 def _saturated(state: Control) -> dict[str, float]:
     limit = state.config.model.state_saturation_limit or math.inf
     return {f"saturated/{name}": float((np.abs(value) >= limit).mean()) for name, value in state.step.carried_states().items()}
@@ -301,12 +282,6 @@ def _check_finite(figures: dict[str, float], step: int) -> None:
         raise RunError(f"training: not finite at step {step}: {', '.join(wrong)}; lower model.learning_rate or raise optimiser.warmup")
 
 
-def _log(metrics: Any, tracker: Tracker, step: int, values: dict[str, float]) -> None:
-    metrics.write(json.dumps(report.finite({"step": step, **values})) + "\n")
-    metrics.flush()
-    tracker.log(values, step)
-
-
 def _data(state: Control) -> dict[str, Any]:
     training, held_out = state.data.training, state.data.validation
     return {
@@ -316,28 +291,15 @@ def _data(state: Control) -> dict[str, Any]:
     }
 
 
-def _describe(state: Control, described: dict[str, str]) -> None:
-    folder = state.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(dataclasses.asdict(state.config)))
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    (folder / "data.json").write_text(json.dumps(_data(state), indent=1) + "\n", encoding="utf-8")
-
-
 def _how_to_look(console: Console, state: Control, tracker: Tracker) -> None:
     folder = state.folder
-    lines = [
-        "How to look at this:",
-        f"  curves        {folder / 'curve.svg'}, {folder / 'forecast.svg'}",
-        *([f"  an episode    {folder / 'episode.gif'}, {folder / 'episode.png'}"] if (folder / "episode.gif").exists() else []),
-        f"  its thoughts  {folder / 'states.png'}, {folder / 'attention.png'}",
-        f"  numbers       {folder / METRICS}, {folder / 'summary.json'}",
-        f"  the core      runtime.load_core('{folder / MODEL}', backend='{state.config.backend.name}')",
+    places = [
+        ("curves", f"{folder / 'curve.svg'}, {folder / 'forecast.svg'}"),
+        *([("an episode", f"{folder / 'episode.gif'}, {folder / 'episode.png'}")] if (folder / "episode.gif").exists() else []),
+        ("its thoughts", f"{folder / 'states.png'}, {folder / 'attention.png'}"), ("numbers", f"{folder / METRICS}, {folder / 'summary.json'}"),
+        ("the core", f"runtime.load_core('{folder / MODEL}', backend='{state.config.backend.name}')"),
     ]
-    if tracker.folder is not None:
-        lines += [f"  W&B, here     wandb leet {tracker.folder.parent}", f"  W&B, upload   wandb sync {tracker.folder}"]
-    console.print("\n".join(lines), highlight=False, markup=False)
+    how_to_look(console, tracker, places)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import runtime
-from experiments import checkpoint, session
+from experiments import checkpoint
 from experiments.errors import RunError
+from experiments.folder import plain
 from experiments.tests import tiny
 
 STATES = {"0.ssm": np.arange(15.0).reshape(3, 5).T}  # not contiguous: safetensors would store other numbers
@@ -83,7 +84,7 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 def test_differences_of_configuration_name_the_field() -> None:
     settings = tiny.config("torch")
-    saved = json.loads(json.dumps(session.plain(settings)))
+    saved = json.loads(json.dumps(plain(settings)))
     assert checkpoint.config_differences(saved, settings) == []
     free = replace(settings, run_dir="elsewhere", resume="auto", training=replace(settings.training, stop_at=3))
     assert checkpoint.config_differences(saved, free) == []

@@ -1,0 +1,70 @@
+"""What every run writes into its folder, shows while it goes, and says at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments import report
+from experiments.errors import RunError
+from experiments.trackers import Tracker
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the task's `figures` behind it, where the console is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as dicts, lists, strings and numbers."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def describe(folder: Path, config: Any, described: Mapping[str, str], data: Mapping[str, Any]) -> None:
+    """Write config.yaml, environment.json and data.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def log(metrics: TextIO, tracker: Tracker, step: int, values: Mapping[str, float]) -> None:
+    """A line of the metrics file, and the same numbers to the tracker."""
+    metrics.write(json.dumps(report.finite({"step": step, **values})) + "\n")
+    metrics.flush()
+    tracker.log(values, step)
+
+
+def checkpoint(folder: Path, step: int, keep: int, save: Callable[[Path], None]) -> None:
+    """A saved model under the run's folder: written by `save` under another name, then renamed; all but the newest `keep` are dropped."""
+    root = folder / CHECKPOINTS
+    temporary, target = root / f".writing-{step:08d}", root / f"step-{step:08d}"
+    try:
+        root.mkdir(exist_ok=True)
+        save(temporary)
+        os.rename(temporary, target)
+        for old in sorted(root.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
+
+
+def how_to_look(console: Console, tracker: Tracker, places: Sequence[tuple[str, str]]) -> None:
+    """Print where things are: (what, where), and how to look at the tracker's own."""
+    lines = ["How to look at this:", *(f"  {what:<13} {where}" for what, where in places)]
+    if tracker.folder is not None:
+        lines += [f"  {'W&B, here':<13} wandb leet {tracker.folder.parent}", f"  {'W&B, upload':<13} wandb sync {tracker.folder}"]
+    console.print("\n".join(lines), highlight=False, markup=False)
