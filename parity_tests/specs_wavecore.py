@@ -127,7 +127,7 @@ def rollout(
         leaves=leaves(config),
         regimes=regimes,
         states=StateProtocol(axis=0, initial=lazy(config), split_length=split),
-        trajectory=Trajectory(length=split),
+        trajectory=Trajectory(length=3),
         bounds=BOUNDS,
         sizes=sizes(config, batch, length),
     )
@@ -168,4 +168,9 @@ def step(name: str, config: SizedWaveCoreConfig, batch: int, regimes: tuple[str,
 
 
 FULL = [rollout("wavecore", DEFAULT, ("as is", "carried state"))]
-CASES = [*FULL, step("wavecore_step", STATE3, batch=5), step("wavecore_step_linear", LINEAR, batch=3)]
+CASES = [
+    *FULL,
+    step("wavecore_step", STATE3, batch=5),
+    step("wavecore_linear_step", LINEAR, batch=3),
+    rollout("wavecore_linear", LINEAR, ("as is", "carried state"), batch=3, length=7, split=3),
+]

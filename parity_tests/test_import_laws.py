@@ -117,6 +117,7 @@ def test_every_file_keeps_the_laws(path: str) -> None:
     ("runtime/build.py", "from experiments import train", 6),
     ("runtime/build.py", "from parity_tests import specs", 6),
     ("parity_tests/twins.py", "import torch_impl", 6),
+    ("parity_tests/my_specs.py", "import torch_impl", 6),
     ("runtime/build.py", "import jax\njax.config.update('jax_enable_x64', True)", 7),
     ("torch_impl/layers.py", "import os\nos.environ['A'] = '1'", 7),
     ("torch_impl/layers.py", "import torch\ndef f():\n    torch.manual_seed(0)", 7),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -288,3 +290,46 @@ def test_inputs_go_by_their_place_and_not_by_their_name() -> None:
 
     case = Case("order", lambda: Reference(7, 7), lambda: Candidate(7, 7, rngs=nnx.Rngs(0)), inputs, regimes=("as is",))
     assert run_case(case, tiers=("optimiser",)).held
+
+
+class TorchState(NamedTuple):
+    h: Any
+    past: tuple
+
+
+class NNXState(NamedTuple):
+    h: Any
+    past: tuple
+
+
+def insisting(initial: Callable[[int, int], Any] | None) -> Case:
+    """A pair, time first, whose modules take no other state than a NamedTuple of their own."""
+
+    class Reference(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, state: TorchState | None = None) -> tuple:
+            state = TorchState(x.new_zeros(x.shape[1:]), (x.new_zeros(()),)) if state is None else state
+            assert type(state) is TorchState
+            h = x.cumsum(0) + state.h
+            return super().forward(h), TorchState(h[-1], (state.past[0] + len(x),))
+
+    class Candidate(nnx.Linear):
+        def __call__(self, x: jax.Array, state: NNXState | None = None) -> tuple:
+            state = NNXState(jnp.zeros(x.shape[1:], x.dtype), (jnp.zeros((), x.dtype),)) if state is None else state
+            assert type(state) is NNXState
+            h = x.cumsum(0) + state.h
+            return super().__call__(h), NNXState(h[-1], (state.past[0] + len(x),))
+
+    def inputs(seed: int, batch: int = 3, length: int = 5) -> dict[str, np.ndarray]:
+        return {"x": np.random.default_rng(seed).normal(size=(length, batch, 7))}
+
+    return Case("insisting", lambda: Reference(7, 11), lambda: Candidate(7, 11, rngs=nnx.Rngs(0)), inputs, regimes=("as is", "carried state"),
+                states=StateProtocol(axis=0, initial=initial, split_length=3), trajectory=None)
+
+
+@pytest.mark.parametrize("initial", [None, lambda seed, batch: {"h": np.full((batch, 7), 0.7), "past": [np.array(2.0)]}], ids=["own", "dict"])
+def test_a_state_is_handed_over_in_the_containers_of_each_side(initial: Callable | None) -> None:
+    """The state of the reference, or a plain dict, reaches a candidate that insists on a class of its own; the batch is no time axis."""
+    result = run_case(insisting(initial))
+    assert result.held, result.sentence
+    assert {check.regime for check in result.checks if check.tier == "free"} == {"as is", "carried state"}
+    assert [tier.name for tier in result.tiers if tier.skipped] == ["forced", "optimiser"]

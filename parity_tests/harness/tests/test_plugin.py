@@ -8,7 +8,7 @@ import pytest
 
 from parity_tests.harness.battery import TIERS
 from parity_tests.harness.case import CaseError
-from parity_tests.harness.plugin import parity_case
+from parity_tests.harness.plugin import mutation_tests, parity_case
 from parity_tests.harness.report import from_json
 from parity_tests.harness.tests.test_cli import CASES
 
@@ -44,3 +44,5 @@ def test_a_test_of_nothing_is_refused() -> None:
         from parity_tests.harness.tests.toy import CASE
 
         parity_case(CASE, tiers=["backward"])
+    with pytest.raises(CaseError, match="needs injectors"):
+        mutation_tests((CASE, ()))

@@ -67,6 +67,13 @@ def test_pack_and_unpack() -> None:
     assert back["a"].ssm is X and back["l"][0] is Y
 
 
+def test_leaves_move_into_the_containers_of_another_tree() -> None:
+    made = tree.like([State(X, None), 3], ({"ssm": Y}, 4))
+    assert isinstance(made, list) and isinstance(made[0], State) and made[0].ssm is Y and made[0].wkv is None and made[1] == 4
+    other = {"wkv": Y}
+    assert tree.like(State(X, None), other) is other  # other leaves: whoever compares them says so
+
+
 def test_signatures_tell_shapes_and_scalars_apart() -> None:
     assert tree.signature([X, 1]) == tree.signature([X + 1, 1])
     assert tree.signature([X, 1]) != tree.signature([X, 2])
