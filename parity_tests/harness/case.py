@@ -26,6 +26,7 @@ class StateProtocol:
     The state is handed over as the argument after the inputs (or to `Case.call`), and is element `output` of the tuple that the model
     returns. `axis` is the time axis of every input named in `along` (all of them when None) and of every other element of that tuple.
     `initial(seed, batch)` gives a state of NumPy arrays; without it the state that the reference ends with on other inputs is carried.
+    Each side gets it in the containers that it hands out itself (a NamedTuple of its own, a dict, a list) when the leaves have the same names.
     `detached` declares that no gradient flows into a state passed in; it is then checked to be exactly zero. `split_length` is the length
     at which every two-way split is tried.
     """
