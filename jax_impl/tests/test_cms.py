@@ -14,10 +14,10 @@ from jax import Array
 from scipy import special
 
 from jax_impl.ops import cms
+from parity_tests.harness.adapters.nnx_trace import quick_options
 
 RULES = ("least_salient", "slot0")
 SLOTS, WIDTH, KEY = 7, 5, 3
-QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile; the arithmetic is tiny
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,8 @@ def float64() -> Iterator[None]:
 
 
 def quick(function: Any, **options: Any) -> Any:
-    """`function` with these keywords, jitted."""
-    return jax.jit(functools.partial(function, **options), compiler_options=QUICK)
+    """`function` with these keywords, jitted by what compiles fastest; the arithmetic is tiny."""
+    return jax.jit(functools.partial(function, **options), compiler_options=quick_options())
 
 
 def drawn(steps: int, batch: int, dtype: Any = np.float64, seed: int = 0) -> tuple[np.ndarray, ...]:
