@@ -154,7 +154,7 @@ def test_an_observation_that_is_not_finite_never_reaches_the_memory() -> None:
 def test_float32_is_healthy_over_100_000_steps() -> None:
     """The whole core, one scan: what it holds is finite, norms are those of the memory, and the size of nothing drifts."""
     model, variables = WaveCoreModel(CONFIG, OBS, ACTION, OUTPUT), jax.tree.map(lambda leaf: leaf.astype(np.float32), make()[1])
-    run = jax.jit(lambda state, *xs: model.rollout(variables, state, *xs)[1:])
+    run = quick(lambda state, *xs: model.rollout(variables, state, *xs)[1:])
     state, sizes = jax.tree.map(lambda leaf: leaf.astype(np.float32), zeros(model, 1)), []
     xs = tuple(x.astype(np.float32) for x in inputs(20_000, 1))
     for _ in range(5):
@@ -181,10 +181,10 @@ def test_states_stay_at_the_limit_and_the_fast_state_takes_the_unclipped_ones() 
         params = jax.tree.map(np.zeros_like, variables["params"])
         params["core"]["particle_out"]["bias"] += 3.0
         params["core"]["U_p"] += 0.01
-        state = zeros(model, 3)
-        state = quick(model.step)({"params": params}, state._replace(p=state.p + 9.0), *inputs(3))[1]
-        assert (state.p == particle).all()
-        np.testing.assert_allclose(state.s, 0.5 * 7 * 0.01 * 12.0, rtol=1e-14)
+        core = quick(lambda params, *given, model=model: model.merge({"params": params}).core(*given))
+        s, _, p = core(params, np.zeros((3, 14)), np.ones((3, 10)), np.full((3, 7), 9.0), np.ones((3, 13)), np.ones((3, 11)))
+        assert (p == particle).all()
+        np.testing.assert_allclose(s, 0.5 * 7 * 0.01 * 12.0, rtol=1e-14)
 
 
 @pytest.mark.parametrize(("tier", "count"), [("v2.0", 954_697), ("v3.0", 3_408_521), ("v4.0", 12_813_577)])
@@ -208,13 +208,13 @@ def test_heads_that_are_off_have_no_parameters_and_no_output() -> None:
     assert not {"action", "world_model"} & set(variables["params"]["decoder"])
     y, _, info = jax.eval_shape(model.rollout, variables, zeros(model, None), *inputs(4))
     assert y is None and info["value"].shape == (4, 1)
-    now = inputs(3)
-    continuous, discrete = (
-        quick(model.step)(make()[1], zeros(model, 3), *now) for model in (make()[0], make(output_type="discrete")[0]))
-    np.testing.assert_allclose(np.tanh(discrete[0]), continuous[0], rtol=1e-13)
-    info = continuous[2]
-    assert info["next_obs"].shape == now[0].shape and info["query"].shape == (3, 5)
+    model, variables = make()
+    y, _, info = jax.eval_shape(model.step, variables, zeros(model, 3), *inputs(3))
+    assert y.shape == (3, OUTPUT) and info["next_obs"].shape == (3, OBS) and info["query"].shape == (3, 5)
     assert [weights.shape for weights in info["attention_weights"]] == [(3, 6), (3, 9)]
+    given = np.ones((3, 14)), np.ones((3, 11))
+    continuous, discrete = (quick(m.merge(variables).decoder)(*given)[0] for m in (model, make(output_type="discrete")[0]))
+    np.testing.assert_allclose(np.tanh(discrete), continuous, rtol=1e-13)
 
 
 @pytest.mark.parametrize(("name", "value", "level", "message"), [
