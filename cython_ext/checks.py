@@ -67,6 +67,20 @@ def scan_arguments(
     ], float(eps)
 
 
+def plain_arguments(
+    q: Any, k: Any, v: Any, beta: Any, initial_state: Any, **gradients: Any
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The arguments of a plain delta rule, checked: q, k, v, beta, then those in `gradients`, grad_o and grad_state; and the state or None.
+
+    Raises TypeError and ValueError that name the argument, what was found and what was expected.
+    """
+    sizes, dtype = _heads(q)
+    axes = {"beta": "BHL", "grad_state": "BHdd"}
+    named = {"q": q, "k": k, "v": v, "beta": beta, **gradients}
+    arrays = [array(name, value, axes.get(name, "BHLd"), sizes, dtype) for name, value in named.items()]
+    return arrays, None if initial_state is None else array("initial_state", initial_state, "BHdd", sizes, dtype)
+
+
 def hierarchical_arguments(
     heads: Mapping[str, Any], token_mlp: Any, chunk_mlp: Any, bilinear: Any, temp: Any, mask: Any, initial_state: Any, chunk_size: Any, transform: Any
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, list[np.ndarray] | None, int]:
@@ -76,14 +90,8 @@ def hierarchical_arguments(
     bilinear, temp, the number of valid tokens of every sample (B,) as int64, the states or None, and the chunk size, cut to L.
     Raises TypeError and ValueError that name the argument, what was found and what was expected.
     """
-    q = heads["q"]
-    _plain("q", q)
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be float32 or float64, found {q.dtype}")
-    if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q must have shape (B, H, L, d) with no axis empty, found {q.shape}")
-    sizes = dict(zip("BHLd", q.shape, strict=True))
-    d, dtype = sizes["d"], q.dtype
+    sizes, dtype = _heads(heads["q"])
+    d = sizes["d"]
     if transform not in TRANSFORMS:
         raise ValueError(f"transform must be {' or '.join(map(repr, TRANSFORMS))}, found {transform!r}")
     arrays = [array(name, value, "BHLd" if name in ("q", "k", "v") else "BHL", sizes, dtype) for name, value in heads.items()]
@@ -97,6 +105,16 @@ def hierarchical_arguments(
         initial_state = [array(f"{name} of initial_state", value, "BHdd", sizes, dtype) for name, value in named]
     lengths = np.full(sizes["B"], sizes["L"], np.int64) if mask is None else _lengths(mask, sizes)
     return arrays, token, chunk, bilinear, temp, lengths, initial_state, min(_chunk_size(chunk_size), sizes["L"])
+
+
+def _heads(q: Any) -> tuple[dict[str, int], np.dtype]:
+    """The sizes that q (B, H, L, d) gives to B, H, L and d, and its dtype."""
+    _plain("q", q)
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be float32 or float64, found {q.dtype}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must have shape (B, H, L, d) with no axis empty, found {q.shape}")
+    return dict(zip("BHLd", q.shape, strict=True)), q.dtype
 
 
 def _described(value: Any) -> str:

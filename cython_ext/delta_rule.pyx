@@ -23,6 +23,7 @@ from cython_ext.algebra cimport LANES, add_products, clamped, folded, inverse_no
 from cython_ext.clones cimport cloned, inlined
 
 from cython_ext.checks import hierarchical_arguments
+from cython_ext.plain_delta import backward, forward
 from cython_ext.threads import one_blas_thread, threads_for
 
 cdef enum:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.linalg import solve_triangular
 
-from cython_ext.checks import hierarchical_arguments, scan_arguments
+from cython_ext.checks import hierarchical_arguments, plain_arguments, scan_arguments
 
 
 def _standardise(h: ndarray, a: ndarray, b: ndarray, u: ndarray, transition: ndarray, eps: float) -> tuple[ndarray, ndarray, ndarray]:
@@ -107,8 +107,63 @@ def _transformed(k: ndarray, k_b: ndarray, v: ndarray, transform: str) -> tuple[
     return t @ v, t @ k_b
 
 
+def _recalled(state: ndarray, x: ndarray) -> ndarray:
+    """S^T x of states (..., d, d) and vectors (..., d)."""
+    return (x[..., None, :] @ state)[..., 0, :]
+
+
+def _outer(x: ndarray, y: ndarray) -> ndarray:
+    return x[..., :, None] * y[..., None, :]
+
+
 class delta_rule:
-    """Twin of `cython_ext.delta_rule`; the equations stand there."""
+    """Twin of `cython_ext.delta_rule`; the equations stand there, those of the plain rule in `plain_delta.pyx`."""
+
+    @staticmethod
+    def forward(q, k, v, beta, initial_state=None):
+        """The plain delta rule: S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T, o_t = S_t^T q_t.
+
+        q, k, v (B, H, L, d), taken as they are; beta (B, H, L); initial_state (B, H, d, d), key index first, or None for zeros. All float32 or
+        all float64; arrays that are read-only or not contiguous are accepted, the latter copied. Returns o (B, H, L, d) and the last state
+        (B, H, d, d), new arrays.
+        Raises TypeError for another type or dtype, ValueError for another shape or an empty axis, by name.
+        """
+        (q, k, v, beta), initial_state = plain_arguments(q, k, v, beta, initial_state)
+        state = np.zeros((*q.shape[:2], q.shape[3], q.shape[3]), q.dtype) if initial_state is None else initial_state.copy()
+        o = np.empty_like(q)
+        for t in range(q.shape[2]):
+            error = v[:, :, t] - _recalled(state, k[:, :, t])
+            state += _outer(k[:, :, t], beta[:, :, t, None] * error)
+            o[:, :, t] = _recalled(state, q[:, :, t])
+        return o, state
+
+    @staticmethod
+    def backward(grad_o, grad_state, q, k, v, beta, initial_state=None):
+        """The gradients of every array argument of `forward`, given those of the outputs and of the last state that it returned.
+
+        grad_o (B, H, L, d), grad_state (B, H, d, d); the rest as `forward` took it. What it computed on the way is computed again. Returns a
+        tuple in the order (q, k, v, beta, initial_state), each of the argument's shape and dtype; None where the argument was None. Raises as
+        `forward` does.
+        """
+        arrays, initial_state = plain_arguments(q, k, v, beta, initial_state, grad_o=grad_o, grad_state=grad_state)
+        q, k, v, beta, grad_o, grad_state = arrays
+        state = np.zeros_like(grad_state) if initial_state is None else initial_state
+        states, errors = [state], []
+        for t in range(q.shape[2]):
+            errors.append(v[:, :, t] - _recalled(state, k[:, :, t]))
+            state = state + _outer(k[:, :, t], beta[:, :, t, None] * errors[t])
+            states.append(state)
+        grad_q, grad_k, grad_v, grad_beta, carry = np.empty_like(q), np.empty_like(k), np.empty_like(v), np.empty_like(beta), grad_state.copy()
+        for t in reversed(range(q.shape[2])):
+            grad_q[:, :, t] = (states[t + 1] @ grad_o[:, :, t, :, None])[..., 0]
+            carry += _outer(q[:, :, t], grad_o[:, :, t])
+            pull = _recalled(carry, k[:, :, t])
+            grad_beta[:, :, t] = (pull * errors[t]).sum(axis=-1)
+            grad_v[:, :, t] = beta[:, :, t, None] * pull
+            written = beta[:, :, t, None] * errors[t]
+            grad_k[:, :, t] = (carry @ written[..., None] - states[t] @ grad_v[:, :, t, :, None])[..., 0]
+            carry -= _outer(k[:, :, t], grad_v[:, :, t])
+        return grad_q, grad_k, grad_v, grad_beta, None if initial_state is None else carry
 
     @staticmethod
     def hierarchical_forward(

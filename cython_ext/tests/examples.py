@@ -101,6 +101,35 @@ def delta_arguments(shape, dtype="float64", initial_state=True, masked=True, see
     }
 
 
+# (B, H, L, d): single tokens, strips of 16 tokens and their chunks (16, 32, 48 and 64 tokens as d grows) one short, full and one over, many
+# chunks, one channel, loops of 32 columns with and without a rest.
+PLAIN_SHAPES = [
+    (1, 1, 1, 5), (3, 2, 3, 7), (2, 3, 15, 16), (1, 2, 16, 32), (2, 1, 17, 33), (2, 3, 63, 5), (3, 2, 100, 16), (1, 2, 100, 65), (1, 1, 97, 129),
+    (2, 1, 257, 64), (1, 1, 257, 200), (1, 2, 40, 1), (2, 3, 257, 6),
+]
+
+
+def plain_arguments(shape, dtype="float64", initial_state=True, seed=0):
+    """The arguments of `delta_rule.forward`, by name: keys and queries of length one, as the models have them, and beta in (0, 1)."""
+    batch, heads, length, d = shape
+    rng = np.random.default_rng([seed, *shape])
+    q, k, v = rng.normal(size=(3, *shape))
+    drawn = {
+        "q": q / np.linalg.norm(q, axis=-1, keepdims=True),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": v,
+        "beta": rng.uniform(0.05, 0.95, (batch, heads, length)),
+        "initial_state": rng.normal(size=(batch, heads, d, d)) / d if initial_state else None,
+    }
+    return {name: None if array is None else array.astype(dtype) for name, array in drawn.items()}
+
+
+def plain_cotangents(shape, dtype="float64", seed=1):
+    """Gradients of o (B, H, L, d) and of the last state (B, H, d, d)."""
+    rng = np.random.default_rng([seed, *shape])
+    return rng.normal(size=shape).astype(dtype), rng.normal(size=(*shape[:2], shape[3], shape[3])).astype(dtype)
+
+
 def converted(function, arguments):
     """`arguments`, a dict as of `delta_arguments`, with `function` applied to every array, those in tuples too."""
     def convert(value):

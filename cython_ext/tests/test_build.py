@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import cython_ext
-from cython_ext.tests.examples import DELTA_SHAPES, SHAPES, arguments, cotangent, delta_arguments
+from cython_ext.tests.examples import DELTA_SHAPES, PLAIN_SHAPES, SHAPES, arguments, cotangent, delta_arguments, plain_arguments, plain_cotangents
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [shape for shape in SHAPES if shape[1] * shape[2] < 4000]
 SMALL_DELTA = [shape for shape in DELTA_SHAPES if shape[2] * shape[3] < 4000]
+SMALL_PLAIN = [shape for shape in PLAIN_SHAPES if shape[2] * shape[3] < 7000]
 
 # Runs the copy of the package found on the path over every small example; an error of a check inside a loop cannot be raised there, only
 # be reported, so the hook for reports ends the process.
@@ -36,6 +37,8 @@ for case, given in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
     if isinstance(given, list):
         states = scan.forward(*given[1:], 1e-5)
         results[case] = [states, *scan.backward(*given, states, 1e-5)]
+    elif isinstance(given, tuple):
+        results[case] = [*delta.forward(*given[2:]), *delta.backward(*given)]
     else:
         o, states = delta.hierarchical_forward(**given)
         results[case] = [o, *states]
@@ -62,6 +65,8 @@ def test_debug_build_trips_no_check_and_gives_the_bits_of_the_release(tmp_path):
         for case, shape in enumerate(SMALL_DELTA):
             for transform in ("lam", "exact"):
                 given[f"delta {shape} {dtype} {transform}"] = {**delta_arguments(shape, dtype, case % 2 == 0), "transform": transform}
+        for case, shape in enumerate(SMALL_PLAIN):
+            given[f"plain {shape} {dtype}"] = (*plain_cotangents(shape, dtype), *plain_arguments(shape, dtype, case % 2 == 0).values())
     (tmp_path / "given").write_bytes(pickle.dumps(given))
     done, files = {}, {}
     for name, path in (("debug", tmp_path / "lib"), ("release", Path(cython_ext.__file__).parents[1])):
