@@ -8,17 +8,19 @@ import os
 import shutil
 import sys
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-KERNELS = ["selective_scan", "plain_delta", "delta_rule"]
+KERNELS = ["selective_scan", "plain_delta", "delta_rule", "dense"]
 DEBUG = os.environ.get("CYTHON_DEBUG", "0") not in ("", "0")
 
 # Strict arithmetic: no -ffast-math (NaN must stay NaN), no -march=native (a wheel runs elsewhere; clones.pxd adds AVX2 and AVX-512),
-# no fused multiply-add, which would make results depend on the processor.
-STRICT = ["-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+# no fused multiply-add, which would make results depend on the processor. Nobody reads the floating-point exception flags: without them
+# (-fno-trapping-math, which changes no result) loops with a choice between two values become vector instructions.
+STRICT = ["-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 RELEASE_FLAGS = ["-O3", "-g0", *STRICT]
 DEBUG_FLAGS = [
     "-O1", "-g", *STRICT, "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error", "-fstack-protector-all", "-DGROUNDWAVE_CLONES=",
@@ -68,7 +70,7 @@ setup(
         Extension(
             f"cython_ext.{name}",
             [f"cython_ext/{name}.pyx"],
-            depends=["cython_ext/algebra.pxd", "cython_ext/clones.pxd"],
+            depends=sorted(glob("cython_ext/*.pxd")),
             extra_compile_args=DEBUG_FLAGS if DEBUG else RELEASE_FLAGS,
             extra_link_args=["-fopenmp"],
         )

@@ -12,6 +12,7 @@ from numpy import ndarray
 from scipy.linalg import solve_triangular
 
 from cython_ext.checks import hierarchical_arguments, plain_arguments, scan_arguments
+from cython_ext.reference_dense import dense  # noqa: F401  (as `reference.dense`)
 
 
 def _standardise(h: ndarray, a: ndarray, b: ndarray, u: ndarray, transition: ndarray, eps: float) -> tuple[ndarray, ndarray, ndarray]:

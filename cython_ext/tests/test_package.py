@@ -68,7 +68,7 @@ def test_a_broken_extension_is_not_taken_for_an_absent_one(tmp_path):
 
 def test_an_unknown_kernel_is_refused():
     for function in (cython_ext.kernel, cython_ext.is_built):
-        with pytest.raises(ValueError, match="kernel must be one of 'selective_scan', 'delta_rule', found 'scan'"):
+        with pytest.raises(ValueError, match=r"kernel must be one of 'selective_scan', 'delta_rule', .*found 'scan'"):
             function("scan")
 
 
