@@ -69,7 +69,7 @@ class ControlOptimiserConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
-    warmup: int = 50
+    warmup: int = 100
     floor: float = 0.02
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class ControlTrainingConfig:
     units, of noise on what the world model sees (drawn from 0 to this for each window and episode).
     """
 
-    steps: int = 1000
+    steps: int = 1500
     batch_size: int = 32
     context: int = 25
     known_reward: float = 0.5
@@ -141,7 +141,7 @@ class ControlEvaluationConfig:
 
 def default_core() -> WaveCoreConfig:
     """The core of `model=wavecore_tiny`."""
-    return WaveCoreConfig.development(heads=HEADS, learning_rate=2e-3, gradient_clip=1.0)
+    return WaveCoreConfig.development(heads=HEADS, learning_rate=1e-3, gradient_clip=1.0)
 
 
 @dataclass(frozen=True)
