@@ -1,4 +1,7 @@
-"""Inputs that the tests of the kernels share. Letters: B batch, L length, N state; of the delta rule H heads, d head width, C chunk."""
+"""Inputs that the tests of the kernels share.
+
+Letters: B batch, L length, N state; of WKV H heads, P head width; of the delta rule H heads, d head width, C chunk.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,37 @@ def differences(found, expected, inputs):
         terms = (np.abs(expected[1]) * np.abs(inputs["update"])).sum(-1) / inputs["dt_b"]
         distances["dt_b"] *= np.linalg.norm(expected[3]) / np.linalg.norm(terms)
     return distances
+
+
+# (B, L, H, P): single tokens, as many as are taken one after another and one more, chunks short, full and one token over, P below, at and
+# above the 16 lanes of a sum, a single channel, and the P = 128 of the default sizes.
+WKV_SHAPES = [
+    (1, 1, 1, 1), (2, 3, 2, 5), (1, 8, 2, 16), (2, 9, 1, 7), (1, 32, 3, 17), (2, 63, 3, 7), (1, 64, 2, 128), (1, 65, 2, 33), (2, 100, 3, 1),
+    (2, 257, 2, 16),
+]
+WKV_NAMES = ("r", "k", "v", "w", "u", "initial_state")
+
+
+def wkv_arguments(shape, dtype="float64", initial_state=True, decay="exp_exp", seed=0):
+    """The arguments of `wkv.forward` but time_first, by name, random: decays in (0, 1), with "direct" some that are zero, negative, above
+    one, or so small that their powers vanish."""
+    batch, _, heads, p = shape
+    rng = np.random.default_rng([seed, *shape])
+    drawn = dict(zip("rkv", rng.normal(size=(3, *shape)), strict=True))
+    drawn["w"] = np.exp(-np.exp(rng.uniform(-5.0, 1.5, (heads, p))))
+    drawn["u"] = rng.normal(size=(heads, p))
+    if decay == "direct":
+        few = np.array([0.0, -0.7, 1.01, 1e-30, -1.0, 1.0])[:p]
+        drawn["w"][0, :len(few)] = few
+    drawn["initial_state"] = rng.normal(size=(batch, heads, p, p)) if initial_state else None
+    return {name: None if array is None else array.astype(dtype) for name, array in drawn.items()}
+
+
+def wkv_cotangents(shape, dtype="float64", seed=1):
+    """Gradients of y (B, L, H, P) and of the last state (B, H, P, P)."""
+    batch, _, heads, p = shape
+    rng = np.random.default_rng([seed, *shape])
+    return rng.normal(size=shape).astype(dtype), rng.normal(size=(batch, heads, p, p)).astype(dtype)
 
 
 # (B, H, L, d, C): single tokens, chunks one token short, full and one token over, many small chunks, a chunk above L, one head, one channel,

@@ -12,12 +12,25 @@ from pathlib import Path
 import pytest
 
 import cython_ext
-from cython_ext.tests.examples import DELTA_SHAPES, PLAIN_SHAPES, SHAPES, arguments, cotangent, delta_arguments, plain_arguments, plain_cotangents
+from cython_ext.tests.examples import (
+    DELTA_SHAPES,
+    PLAIN_SHAPES,
+    SHAPES,
+    WKV_SHAPES,
+    arguments,
+    cotangent,
+    delta_arguments,
+    plain_arguments,
+    plain_cotangents,
+    wkv_arguments,
+    wkv_cotangents,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [shape for shape in SHAPES if shape[1] * shape[2] < 4000]
 SMALL_DELTA = [shape for shape in DELTA_SHAPES if shape[2] * shape[3] < 4000]
 SMALL_PLAIN = [shape for shape in PLAIN_SHAPES if shape[2] * shape[3] < 7000]
+SMALL_WKV = [shape for shape in WKV_SHAPES if shape[1] * shape[3] < 4000]
 
 # Runs the copy of the package found on the path over every small example; an error of a check inside a loop cannot be raised there, only
 # be reported, so the hook for reports ends the process.
@@ -31,10 +44,12 @@ def stop(report):
 
 sys.unraisablehook = stop
 import cython_ext
-scan, delta = cython_ext.selective_scan, cython_ext.delta_rule
+scan, delta, wkv = cython_ext.selective_scan, cython_ext.delta_rule, cython_ext.wkv
 results = {}
 for case, given in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
-    if isinstance(given, list):
+    if case.startswith("wkv"):
+        results[case] = [*wkv.forward(*given[2:]), *wkv.backward(*given)]
+    elif isinstance(given, list):
         states = scan.forward(*given[1:], 1e-5)
         results[case] = [states, *scan.backward(*given, states, 1e-5)]
     elif isinstance(given, tuple):
@@ -42,7 +57,7 @@ for case, given in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
     else:
         o, states = delta.hierarchical_forward(**given)
         results[case] = [o, *states]
-Path(sys.argv[2]).write_bytes(pickle.dumps(([scan.__file__, delta.__file__], results)))
+Path(sys.argv[2]).write_bytes(pickle.dumps(([scan.__file__, delta.__file__, wkv.__file__], results)))
 """
 
 
@@ -67,6 +82,9 @@ def test_debug_build_trips_no_check_and_gives_the_bits_of_the_release(tmp_path):
                 given[f"delta {shape} {dtype} {transform}"] = {**delta_arguments(shape, dtype, case % 2 == 0), "transform": transform}
         for case, shape in enumerate(SMALL_PLAIN):
             given[f"plain {shape} {dtype}"] = (*plain_cotangents(shape, dtype), *plain_arguments(shape, dtype, case % 2 == 0).values())
+        for case, shape in enumerate(SMALL_WKV):
+            arrays, time_first = wkv_arguments(shape, dtype, case % 2 == 0, "direct"), ("bonus", "gain")[case % 3 % 2]
+            given[f"wkv {shape} {dtype}"] = (*wkv_cotangents(shape, dtype), *arrays.values(), time_first)
     (tmp_path / "given").write_bytes(pickle.dumps(given))
     done, files = {}, {}
     for name, path in (("debug", tmp_path / "lib"), ("release", Path(cython_ext.__file__).parents[1])):
@@ -74,7 +92,7 @@ def test_debug_build_trips_no_check_and_gives_the_bits_of_the_release(tmp_path):
             [sys.executable, "-c", RUN, str(tmp_path / "given"), str(tmp_path / name)], cwd=path, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
         files[name], done[name] = pickle.loads((tmp_path / name).read_bytes())
-    assert [[Path(file).is_relative_to(tmp_path) for file in files[name]] for name in ("debug", "release")] == [[True, True], [False, False]]
+    assert [[Path(file).is_relative_to(tmp_path) for file in files[name]] for name in ("debug", "release")] == [[True] * 3, [False] * 3]
     assert done["debug"].keys() == done["release"].keys() == given.keys()
     differ = [
         case for case, outputs in done["debug"].items() for a, b in zip(outputs, done["release"][case], strict=True)
