@@ -23,12 +23,11 @@ BACKENDS = {
 # Model -> backends, each with the compiled kernel that it runs, or None.
 MODELS: dict[str, dict[str, str | None]] = {
     "grounded_mamba": {"torch": None, "torch_compiled": "selective_scan", "jax": None},
-    "deltanet_lm": {"torch": None, "jax": None},
+    "deltanet_lm": {"torch": None, "torch_compiled": "delta_rule", "jax": None},
     "lam": {"torch": None, "torch_compiled": "delta_rule", "jax": None, "cython": "delta_rule"},
     "wavecore": {"torch": None, "jax": None},
 }
 _REFUSED = {
-    ("deltanet_lm", "torch_compiled"): ": the plain delta rule has no compiled kernel",
     ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
     ("wavecore", "cython"): ": WaveCore has no compiled engine",
 }
@@ -50,10 +49,10 @@ def build(
 
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
-    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for
-    "deltanet_lm" and "wavecore"), "jax" or, for "lam", "cython" (compiled, no gradients). arrays: flat dict, torch names -> NumPy arrays,
-    copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore,
-    needed unless its configuration is sized, and of no other model.
+    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for "wavecore"),
+    "jax" or, for "lam", "cython" (compiled, no gradients). arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from
+    `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore, needed unless its
+    configuration is sized, and of no other model.
 
     The model has `.config` (a WaveCore's is sized), `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
     `.generate` and `.init_states` besides, GroundedMamba `.update_memory`, WaveCore `.step`, `.rollout`, `.init_state`, `.state`, `.memories`,

@@ -81,11 +81,14 @@ class PlainRule(nn.Module):
 
     def __init__(self, chunk_size: int, transform: str, impl: str) -> None:
         super().__init__()
-        self.chunk_size, self.transform, self.impl = chunk_size, transform, "recurrent" if impl == "recurrent" else "chunked"
+        self.chunk_size, self.transform, self.impl = chunk_size, transform, impl
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """q, k, v (B, H, L, d), beta (B, H, L), state (B, H, d, d) or None. Returns o (B, H, L, d) and the last state."""
-        return delta_rule(l2norm(q), l2norm(k), v, beta, state, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
+        arguments = (l2norm(q), l2norm(k), v, beta, state)
+        if self.impl == "compiled":
+            return compiled.delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform)
+        return delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
 
 
 class HierarchicalRule(nn.Module):
@@ -213,7 +216,7 @@ class DeltaNetBlock(nn.Module):
 
 
 class DeltaNetLM(nn.Module):
-    """Causal language model on the plain delta rule, with a state of constant size. `impl` is "recurrent" or "chunked"."""
+    """Causal language model on the plain delta rule, with a state of constant size. `impl` is "recurrent", "chunked" or "compiled"."""
 
     def __init__(self, config: DeltaNetConfig | None = None, *, impl: str = "chunked") -> None:
         super().__init__()

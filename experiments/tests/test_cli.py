@@ -95,7 +95,7 @@ WRONG = {
     "unknown flag": (["--fast"], "unrecognized arguments: --fast"),
     "config path": (["--config-name=other"], "not supported"),
     "missing data": (["data.path=/nowhere/at/all"], "data.path: no file or folder /nowhere/at/all"),
-    "backend that trains nothing": (["model=deltanet_lm_tiny", "backend.name=cython"], "backend.name must be one of 'torch', 'torch_compiled', 'jax'"),
+    "backend that trains nothing": (["model=deltanet_lm_tiny", "backend.name=cython"], "backend.name must be one of 'torch', 'torch_compiled'"),
     "bad config printed": (["--cfg", "job", "model.dim=97"], "found dim=97"),
 }
 

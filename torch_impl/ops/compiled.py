@@ -8,7 +8,8 @@ The environment variable GROUNDWAVE_KERNELS, read at every call (under torch.com
     torch       the torch form: recurrent for the selective scan, chunked for the delta rule
 
 Gradients are first-order: differentiating them again raises NotImplementedError. The hierarchical delta rule is forward only: where a
-gradient is wanted or a transform of torch.func is at work, it counts among the kernels that cannot.
+gradient is wanted or a transform of torch.func is at work, it counts among the kernels that cannot; so does the plain one where the
+transform is not "exact".
 Letters: B batch, L length, N state; of the delta rule H heads, d head width, m hidden width of a flux.
 """
 
@@ -76,6 +77,32 @@ def selective_scan(
         states = _scan(*arguments, eps)
         return states, states[:, -1].clone()
     return torch_form.selective_scan(*arguments, eps=eps, impl="recurrent")
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None = None, *, chunk_size: int = 64, transform: str = "exact",
+) -> tuple[Tensor, Tensor]:
+    """The plain rule of `torch_impl.ops.delta_rule`, by the compiled kernel where GROUNDWAVE_KERNELS allows it.
+
+    q, k, v (B, H, L, d); beta (B, H, L); initial_state (B, H, d, d) or None for zeros. Returns o (B, H, L, d) and the last state.
+    `chunk_size` is the torch form's: the kernel is the recurrence whatever the chunk, and has its own. Raises ValueError for a wrong
+    shape, an empty axis, a `chunk_size` below 1, an unknown transform or GROUNDWAVE_KERNELS; RuntimeError when it says "compiled" and the
+    kernel cannot run.
+    """
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must have shape (B, H, L, d) with no axis empty, found {tuple(q.shape)}")
+    B, H, L, d = q.shape
+    _shape("k", k, "B, H, L, d", B, H, L, d)
+    _shape("v", v, "B, H, L, d", B, H, L, d)
+    _shape("beta", beta, "B, H, L", B, H, L)
+    _shape("initial_state", initial_state, "B, H, d, d", B, H, d, d)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
+    arguments = (q, k, v, beta, initial_state)
+    limit = None if transform == "exact" else f"has transform 'exact' alone, found {transform!r}"
+    if _runs_compiled("delta_rule", [tensor for tensor in arguments if tensor is not None], limit):
+        return _delta(*arguments)
+    return delta_torch_form.delta_rule(*arguments, chunk_size=chunk_size, transform=transform, impl="chunked")
 
 
 def hierarchical_delta_rule(
@@ -233,13 +260,57 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     """Second-order gradients are refused, so nothing is kept for them."""
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError(
-        "the compiled selective_scan has no second-order gradients; the torch form has: impl=\"recurrent\" or GROUNDWAVE_KERNELS=torch")
+def _refusal(name: str) -> Callable[..., None]:
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"the compiled {name} has no second-order gradients; the torch form has: impl=\"recurrent\" or GROUNDWAVE_KERNELS=torch")
+
+    return refuse
 
 
 _scan = _differentiable(_selective_scan, _differentiate, _save)
-_scan_backward = _differentiable(_selective_scan_backward, _refuse, _save_nothing)
+_scan_backward = _differentiable(_selective_scan_backward, _refusal("selective_scan"), _save_nothing)
+
+
+_RULE = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? initial_state"
+
+
+@torch.library.custom_op("groundwave::delta_rule", mutates_args=(), device_types="cpu", schema=f"({_RULE}) -> (Tensor, Tensor)")
+def _delta_rule(q, k, v, beta, initial_state):
+    return tuple(map(torch.from_numpy, _run("delta_rule", "forward", "delta_rule", q, k, v, beta, initial_state)))
+
+
+@torch.library.custom_op(
+    "groundwave::delta_rule_backward", mutates_args=(), device_types="cpu",
+    schema=f"(Tensor grad_o, Tensor grad_state, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _delta_rule_backward(grad_o, grad_state, q, k, v, beta, initial_state):
+    gradients = _run("delta_rule", "backward", "delta_rule_backward", grad_o, grad_state, q, k, v, beta, initial_state)
+    return tuple(q.new_empty(0) if gradient is None else torch.from_numpy(gradient) for gradient in gradients)
+
+
+@_delta_rule.register_fake
+def _(q, k, v, beta, initial_state):
+    batch, heads, _, d = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, d, d)
+
+
+@_delta_rule_backward.register_fake
+def _(grad_o, grad_state, q, k, v, beta, initial_state):
+    return tuple(_like(tensor, q) for tensor in (q, k, v, beta, initial_state))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_rule(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    arrays = ctx.saved_tensors
+    gradients = _delta_backward(grad_o, grad_state, *arrays)
+    return tuple(None if array is None else gradient for array, gradient in zip(arrays, gradients, strict=True))
+
+
+_delta = _differentiable(_delta_rule, _differentiate_rule, _save_inputs)
+_delta_backward = _differentiable(_delta_rule_backward, _refusal("delta_rule"), _save_nothing)
 
 
 _HIERARCHICAL = (

@@ -168,7 +168,9 @@ def _transformed(q: Tensor, k: Tensor, k_b: Tensor, v: Tensor, transform: str) -
     n = -(k_b @ k.mT).tril(-1)
     both = torch.cat([v, k_b], dim=-1)
     if transform == "exact":
-        both = torch.linalg.solve_triangular(torch.eye(n.shape[-1], dtype=n.dtype, device=n.device) - n, both, upper=False, unitriangular=True)
+        wide = torch.promote_types(n.dtype, torch.float32)  # torch solves nothing in half precision
+        identity = torch.eye(n.shape[-1], dtype=wide, device=n.device)
+        both = torch.linalg.solve_triangular(identity - n.to(wide), both.to(wide), upper=False, unitriangular=True).to(n.dtype)
     else:
         both = both + (n + (n @ n.mT).tril(-1)) @ both
     u, w = both.chunk(2, dim=-1)
