@@ -91,6 +91,31 @@ def test_cores_whose_exponent_is_known(batch: int | None, monkeypatch: pytest.Mo
     torch.testing.assert_close(found, torch.log(last / first) / 60, rtol=0, atol=1e-13)
 
 
+def test_the_exponent_of_a_whole_core_is_that_of_two_rollouts_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is 1e-7 off in s, w and p, is pulled back to that distance after every step, and reads the first one's memory."""
+    monkeypatch.setattr(stability, "LEAST_STEPS", 40)
+    torch.manual_seed(0)
+    model, rng = WaveCore(CONFIG, OBS, ACTION, OUTPUT).double(), np.random.default_rng(0)
+    inputs = tuple(torch.from_numpy(rng.normal(size=(50, width))) for width in (OBS, ACTION, 1))
+    with torch.no_grad():
+        _, state, _ = model.rollout(model.init_state(), *(x[:5].flip(0) for x in inputs))  # away from zero, where relu has two slopes
+    found = lyapunov_exponent(model, state, inputs, burn_in=10)
+    tangent, total = stability.start(tuple(state[:3])), 0.0
+    size = torch.cat(tangent).norm()
+    tangent = [x / size for x in tangent]
+    with torch.no_grad():
+        for step, now in enumerate(zip(*inputs, strict=True)):
+            moved = [type(state)(*(x + sign * 1e-7 * d for x, d in zip(state[:3], tangent, strict=True)), *state[3:]) for sign in (1, -1)]
+            up, down = (model.step(one, *now)[1][:3] for one in moved)
+            state = model.step(state, *now)[1]
+            tangent = [(high - low) / 2e-7 for high, low in zip(up, down, strict=True)]
+            size = torch.cat(tangent).norm()
+            tangent = [x / size for x in tangent]
+            total += float(size.log()) if step >= 10 else 0.0
+    # central differences at 1e-7 have an error of 1e-9 or so, which 50 steps hardly amplify
+    assert found.item() == pytest.approx(total / 40, abs=1e-6) and abs(found.item()) > 1e-3
+
+
 def test_it_refuses() -> None:
     torch.manual_seed(0)
     model = WaveCore(CONFIG, OBS, ACTION, OUTPUT).double()
