@@ -128,7 +128,7 @@ def test_a_broken_law_is_found(path: str, text: str, number: int) -> None:
 
 @pytest.mark.parametrize(("package", "absent"), [
     ("torch_impl.grounded_mamba", "jax flax optax jaxlib"),
-    ("torch_impl.ops.compiled", "jax flax optax jaxlib cython_ext.selective_scan"),
+    ("torch_impl.ops.compiled", "jax flax optax jaxlib cython_ext.selective_scan cython_ext.wkv"),
     ("jax_impl.functional", "torch"),
     ("runtime", "torch jax flax optax"),
     ("cython_ext", "torch jax cython_ext.selective_scan"),

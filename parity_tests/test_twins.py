@@ -143,7 +143,8 @@ def test_forward(make, variant):
     assert_same_results(model(ids, start, return_aux=True), twin.forward(ids), config)
     states = random_states(config, 1)
     assert_same_results(model(ids, states, return_aux=True), twin.forward(ids, states), config)
-    assert compiled.kernel_calls("selective_scan") == (2 * config.depth if make.backend == "compiled" else 0)
+    for name in ("selective_scan", "wkv"):
+        assert compiled.kernel_calls(name) == (2 * config.depth if make.backend == "compiled" else 0), name
 
 
 # Complex steps are exact, so what is left is the rounding of two gradients; acceptance asks 1e-10 between implementations.

@@ -20,12 +20,12 @@ BACKENDS = {
     "cython": (("torch",), "groundwave[torch]"),  # LAM: the dense products are still torch's
 }
 
-# Model -> backends, each with the compiled kernel that it runs, or None.
-MODELS: dict[str, dict[str, str | None]] = {
-    "grounded_mamba": {"torch": None, "torch_compiled": "selective_scan", "jax": None},
-    "deltanet_lm": {"torch": None, "torch_compiled": "delta_rule", "jax": None},
-    "lam": {"torch": None, "torch_compiled": "delta_rule", "jax": None, "cython": "delta_rule"},
-    "wavecore": {"torch": None, "jax": None},
+# Model -> backends, each with the compiled kernels that it runs.
+MODELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "grounded_mamba": {"torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": ()},
+    "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
+    "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule",)},
+    "wavecore": {"torch": (), "jax": ()},
 }
 _REFUSED = {
     ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
@@ -86,11 +86,12 @@ def check_backend(name: str, backend: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"backend {backend!r} needs {' and '.join(missing)}: pip install '{extra}'")
-    if kernels[backend] is not None and os.environ.get("GROUNDWAVE_KERNELS") != "torch":
+    if kernels[backend] and os.environ.get("GROUNDWAVE_KERNELS") != "torch":
         import cython_ext
 
         try:
-            cython_ext.kernel(kernels[backend])
+            for kernel in kernels[backend]:
+                cython_ext.kernel(kernel)
         except ImportError as error:
             raise ImportError(f"backend {backend!r} needs the compiled kernels: {error}") from error
 

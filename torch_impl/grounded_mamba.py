@@ -54,7 +54,7 @@ class GroundedMamba(nn.Module):
     """Causal language model with a state of constant size.
 
     `GroundedMamba(config)` or `GroundedMamba(vocab_size=..., dim=...)` with the other fields at their defaults.
-    `impl` is "recurrent" (the readable truth), "chunked" (WKV by matrix products) or "compiled" (besides, the Cython scan).
+    `impl` is "recurrent" (the readable truth), "chunked" (WKV by matrix products) or "compiled" (both recurrences by Cython kernels).
     """
 
     def __init__(

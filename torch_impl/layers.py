@@ -73,7 +73,7 @@ class RWKVGroundedMemory(nn.Module):
 
     def __init__(self, config: GroundedMambaConfig, impl: str, chunk_size: int) -> None:
         super().__init__()
-        self.config, self.impl, self.chunk_size = config, "recurrent" if impl == "recurrent" else "chunked", chunk_size
+        self.config, self.impl, self.chunk_size = config, impl, chunk_size
         dim, heads = config.dim, config.rwkv_heads
         self.key_proj = linear(dim, dim)
         self.value_proj = linear(dim, dim)

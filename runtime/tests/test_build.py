@@ -19,7 +19,7 @@ BACKENDS = ("torch", "torch_compiled", "jax")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    needed = {"torch": ["torch"], "torch_compiled": ["torch", "cython_ext.selective_scan"], "jax": ["jax", "flax"]}
+    needed = {"torch": ["torch"], "torch_compiled": ["torch", "cython_ext.selective_scan", "cython_ext.wkv"], "jax": ["jax", "flax"]}
     for package in needed[request.param]:
         pytest.importorskip(package)
     return request.param
@@ -199,11 +199,12 @@ def test_a_backend_that_is_not_installed(monkeypatch, backend_name, absent, extr
         runtime.build(NAME, CONFIG, backend=backend_name)
 
 
-def test_kernels_that_are_not_built(monkeypatch):
+@pytest.mark.parametrize("kernel", ["selective_scan", "wkv"])
+def test_kernels_that_are_not_built(monkeypatch, kernel):
     pytest.importorskip("torch")
     monkeypatch.delenv("GROUNDWAVE_KERNELS", raising=False)
-    monkeypatch.setitem(sys.modules, "cython_ext.selective_scan", None)
-    with pytest.raises(ImportError, match="needs the compiled kernels"):
+    monkeypatch.setitem(sys.modules, f"cython_ext.{kernel}", None)
+    with pytest.raises(ImportError, match=rf"needs the compiled kernels: .*cython_ext\.{kernel}"):
         runtime.build(NAME, CONFIG, backend="torch_compiled")
 
 
