@@ -36,7 +36,11 @@ NEEDED = (
 
 
 class BuildKernels(build_ext):
-    """Translates the .pyx files into the build folder, then compiles them, or says which package is missing."""
+    """Translates the .pyx files into the build folder, then compiles them side by side, or says which package is missing."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self):
         from Cython.Build import cythonize
