@@ -23,7 +23,7 @@ from cython.parallel cimport prange, threadid
 
 from cython_ext.algebra cimport multiply, real
 from cython_ext.clones cimport cloned, inlined
-from cython_ext.wkv_parts cimport add_product, add_scaled, fade, score, set_product, take_keys, token, wane
+from cython_ext.wkv_parts cimport add_product, add_scaled, add_scaled_product, fade, score, set_product, take_keys, token, wane
 
 from cython_ext.checks_wkv import wkv_arguments, wkv_step_arguments
 from cython_ext.threads import one_blas_thread, threads_for
@@ -32,7 +32,7 @@ cdef enum:
     ROWS = 8  # tokens of a block inside a chunk
 
 CHUNK = 32  # tokens; at P = 128 the products of a chunk are of the size that OpenBLAS multiplies without packing
-SHORT = 8  # tokens up to which one after another is quicker
+SHORT = 2  # tokens up to which one after another is quicker
 
 
 cdef cloned recurrent_head(
@@ -160,19 +160,18 @@ cdef inlined back_inside(
                 write = &keys[thread, s, 0]
                 add_scaled(&grad_v[sample, first + s, h, 0], score(read, write, &powers[h, e, 0], p), &grad_y[sample, first + t, h, 0], p)
                 # grad_r[t] += match * w**e * keys[s]; grad_keys[s] += match * w**e * r[t]; grad_powers[e] += match * r[t] * keys[s]
-                for i in range(p):
-                    grad_r[sample, first + t, h, i] += match * powers[h, e, i] * write[i]
-                    grad_keys[thread, s, i] += match * powers[h, e, i] * read[i]
-                    grad_powers[thread, e, i] += match * read[i] * write[i]
+                add_scaled_product(&grad_r[sample, first + t, h, 0], match, &powers[h, e, 0], write, p)
+                add_scaled_product(&grad_keys[thread, s, 0], match, &powers[h, e, 0], read, p)
+                add_scaled_product(&grad_powers[thread, e, 0], match, read, write, p)
             match = matches[thread, t - low, t]
             write = &k[sample, first + t, h, 0]
             own = score(read, write, &u[h, 0], p)
             add_scaled(&grad_v[sample, first + t, h, 0], own, &grad_y[sample, first + t, h, 0], p)
-            # grad_r[t] += match * u * k[t]; grad_k[t] = match * u * r[t]; grad_bonus += match * r[t] * k[t]
+            # grad_r[t] += match * u * k[t]; grad_bonus += match * r[t] * k[t]; grad_k[t] = match * u * r[t]
+            add_scaled_product(&grad_r[sample, first + t, h, 0], match, &u[h, 0], write, p)
+            add_scaled_product(&grad_bonus[thread, 0], match, read, write, p)
             for i in range(p):
-                grad_r[sample, first + t, h, i] += match * u[h, i] * write[i]
                 grad_k[sample, first + t, h, i] = match * u[h, i] * read[i]
-                grad_bonus[thread, i] += match * read[i] * write[i]
 
 
 cdef inlined store_starts(
@@ -275,12 +274,27 @@ cdef backward_heads(
                       grad_powers, grad_bonus, grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial, head, fresh, gain, threadid())
 
 
+cdef fill_powers(const real[:, ::1] w, double[::1] power, real[:, :, ::1] powers):
+    """powers (H, C + 1, P) = w^0 .. w^C, by multiplication in float64: right for zero and for negative w too."""
+    cdef Py_ssize_t h, e, i
+    for h in range(w.shape[0]):
+        for i in range(w.shape[1]):
+            power[i] = 1
+        # powers[h] = w[h] ** np.arange(size + 1)[:, None]
+        for e in range(powers.shape[1]):
+            for i in range(w.shape[1]):
+                powers[h, e, i] = <real> power[i]
+                power[i] *= w[h, i]
+
+
 def powers_of(w, size):
-    """w^0 .. w^size (H, size + 1, P), by multiplication in float64: right for zero and for negative w too."""
-    powers = np.ones((w.shape[0], size + 1, w.shape[1]))
-    powers[:, 1:] = w[:, None]
-    with np.errstate(over="ignore"):
-        return np.multiply.accumulate(powers, axis=1).astype(w.dtype)
+    """w^0 .. w^size (H, size + 1, P)."""
+    powers, power = np.empty((w.shape[0], size + 1, w.shape[1]), w.dtype), np.empty(w.shape[1])
+    if w.dtype == np.float32:
+        fill_powers[float](w, power, powers)
+    else:
+        fill_powers[double](w, power, powers)
+    return powers
 
 
 def forward(r, k, v, w, u, initial_state=None, time_first="bonus"):

@@ -41,6 +41,13 @@ cdef inline inlined add_product(real* out, const real* x, const real* y, Py_ssiz
         out[i] += x[i] * y[i]
 
 
+cdef inline inlined add_scaled_product(real* out, real scale, const real* x, const real* y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    # out += scale * x * y
+    for i in range(n):
+        out[i] += scale * x[i] * y[i]
+
+
 cdef inline inlined token(
     const real* r, const real* k, const real* v, const real* w, const real* u, real* state, real* y, Py_ssize_t n, bint gain
 ) noexcept nogil:

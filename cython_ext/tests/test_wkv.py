@@ -278,7 +278,7 @@ def test_a_step_refuses_what_it_cannot_take_and_changes_nothing(wkv, name, spoil
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_same_bits_and_stays_as_it_was(wkv, layout, dtype):
-    for length in (5, 40):
+    for length in (2, 40):
         shape = (3, length, 2, 5)
         inputs, gradients = wkv_arguments(shape, dtype), wkv_cotangents(shape, dtype)
         laid, gradients_laid = {name: LAYOUTS[layout](array) for name, array in inputs.items()}, [LAYOUTS[layout](part) for part in gradients]
@@ -318,7 +318,7 @@ def test_nan_stays_in_its_head_and_out_of_the_past(wkv, dtype, value, time_first
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("length", [5, 75])
+@pytest.mark.parametrize("length", [2, 75])
 def test_nothing_is_read_from_an_output_before_it_is_written(monkeypatch, length, dtype):
     cases = [(wkv_arguments((3, length, 2, 9), dtype, initial_state), wkv_cotangents((3, length, 2, 9), dtype)) for initial_state in (True, False)]
     expected = [run(KERNEL, *case, time_first) for case in cases for time_first in ("bonus", "gain")]
@@ -338,7 +338,7 @@ def test_nothing_is_read_from_an_output_before_it_is_written(monkeypatch, length
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", [(3, 8, 2, 80), (3, 100, 2, 17)])
+@pytest.mark.parametrize("shape", [(3, 2, 2, 128), (3, 100, 2, 17)])
 def test_the_number_of_threads_changes_no_bit(shape, dtype):
     inputs, gradients = wkv_arguments(shape, dtype), wkv_cotangents(shape, dtype)
     results = []
