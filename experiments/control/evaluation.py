@@ -21,7 +21,6 @@ from conf.control_schema import ControlEvaluationConfig
 from experiments.control.dataset import Statistics
 from experiments.control.environments import Environment
 from experiments.control.rollouts import Episodes, one_hot
-from experiments.errors import RunError
 
 EVALUATION_SEED, FORECAST_SEED = 0, 10_000  # the first of each; the seeds of recorded episodes begin at `dataset.FIRST_SEED`
 STATES = {"s": "fast_state", "w": "wave_state", "p": "particle_state"}
@@ -112,7 +111,7 @@ def forecast(
 ) -> Forecast:
     """Forecasts from one start in each environment, after `warm_up` steps of the episode of its seed.
 
-    A start counts for the horizons that its episode reaches. Raises RunError where no episode reaches a horizon.
+    A start counts for the horizons that its episode reaches; where none reaches a horizon, its error and all means over horizons are NaN.
     """
     true = _Streams(model, len(environments), environments[0].discrete)
     raw = np.stack([environment.reset(int(seed)) for environment, seed in zip(environments, seeds, strict=True)])
@@ -137,8 +136,6 @@ def forecast(
     truth, told = np.stack(path[settings.warm_up + 1 :]), np.stack(said[settings.warm_up :])
     # an observation counts where the episode had not ended before it: the last one of an episode is still true
     kept = np.concatenate([np.ones_like(alive[:1]), alive[:-1]])[settings.warm_up :]  # (H, B)
-    if not kept.any(1).all():
-        raise RunError(f"evaluation.horizon: no episode reaches step {settings.warm_up + int(kept.any(1).argmin()) + 1}; lower warm_up or horizon")
     before = np.stack(path[settings.warm_up : -1])
     return Forecast(
         _rms(np.stack(seen) - truth, kept, 1), _rms(start - truth, kept, 1), float(_rms(told - truth, kept)), float(_rms(before - truth, kept)),
@@ -147,8 +144,9 @@ def forecast(
 
 
 def _rms(error: np.ndarray, kept: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """Of (H, B, O) where (H, B) is set: (H,) for axis 1, of all together for None."""
-    return np.sqrt((np.square(error).mean(-1) * kept).sum(axis) / kept.sum(axis))
+    """Of (H, B, O) where (H, B) is set: (H,) for axis 1, of all together for None; NaN where nothing is."""
+    count = kept.sum(axis)
+    return np.sqrt((np.square(error).mean(-1) * kept).sum(axis) / np.where(count > 0, count, np.nan))
 
 
 def back_to_back(episodes: Episodes, statistics: Statistics, first: int, steps: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

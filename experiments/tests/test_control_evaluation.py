@@ -17,7 +17,6 @@ from experiments.control.dataset import Statistics
 from experiments.control.evaluation import CorePolicy, back_to_back, forecast
 from experiments.control.rollouts import run_episodes
 from experiments.control.stability import exponent
-from experiments.errors import RunError
 from experiments.tests.test_control_steps import CORE
 
 A = np.array([[0.9, 0.2], [-0.1, 0.8]])
@@ -88,8 +87,10 @@ def test_an_error_is_fed_back_and_grows_as_the_closed_loop_makes_it_grow() -> No
 def test_what_comes_after_the_end_of_an_episode_is_not_counted() -> None:
     found = forecast(Exact(), STATISTICS, [Linear(), Linear(life=6), Linear(life=2)], [5, 6, 7], SETTINGS)
     assert found.starts.tolist() == [2, 2, 1, 1, 1] and found.model.max() < 1e-6
-    with pytest.raises(RunError, match=r"no episode reaches step 7; lower warm_up or horizon"):
-        forecast(Exact(), STATISTICS, [Linear(life=6)], [5], SETTINGS)
+    short = forecast(Exact(), STATISTICS, [Linear(life=6)], [5], SETTINGS)
+    assert short.starts.tolist() == [1, 1, 0, 0, 0] and np.isnan(short.model).tolist() == [False, False, True, True, True]
+    assert np.isnan(short.figures["ratio"]) and short.one_step < 1e-6
+    assert np.isnan(forecast(Exact(), STATISTICS, [Linear(life=3)], [5], SETTINGS).one_step)
 
 
 def core(backend: str = "torch", **fields: Any) -> Any:
