@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "measure" else "right")
     for key, label in _rows(found):
         before, after = found["before"].get(key), found["after"].get(key)
-        table.add_row(label, *("-" if value is None or value != value else f"{value:.4g}" for value in (before, after)))
+        table.add_row(label, *("-" if value is None or math.isnan(value) else f"{value:.4g}" for value in (before, after)))
     console.print(table)
     console.print(
         f"{found['steps']} steps, {found['training_seconds']:.0f} s of training, {found['seconds']:.0f} s in all, peak memory "

@@ -171,7 +171,8 @@ def test_wavecore_names_and_sizes(core_weights):
         ("core.U_p", "hope_core/U_p", False), ("core.U_w", "hope_core/U_w", False), ("core.z_proj.weight", "hope_core/z_projection/kernel", True),
         ("core.particle_out.bias", "hope_core/particle/Dense_1/bias", False), ("core.gate.weight", "hope_core/gate_net/kernel", True),
         ("core.wave.gate_proj.weight", "hope_core/mamba_wave/gate_proj/kernel", True), ("core.wave.ssm.D", "hope_core/mamba_wave/ssm/D", False),
-        ("core.wave.ssm.c_proj.weight", "hope_core/mamba_wave/ssm/c_proj/kernel", True), ("cms_write.key.2.bias", "cms_write/write_key_2/bias", False),
+        ("core.wave.ssm.c_proj.weight", "hope_core/mamba_wave/ssm/c_proj/kernel", True),
+        ("cms_write.key.2.bias", "cms_write/write_key_2/bias", False),
         ("cms_write.gate.0.bias", "cms_write/write_gate_0/bias", False), ("decoder.action.weight", "decoder/Dense_2/kernel", True),
     ):
         assert arrays[ours].dtype == np.float64 and np.array_equal(arrays[ours].T if turned else arrays[ours], core_weights[theirs]), ours
