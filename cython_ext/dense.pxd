@@ -11,14 +11,14 @@ cdef enum Activation:
     NONE, RELU, TANH, SIGMOID, GELU, SOFTPLUS, SILU
 
 cdef enum Storage:
-    WIDE  # (inputs, columns) of the type of x, columns: outputs filled up with zeros to whole blocks
-    HALF  # the same in bfloat16, two columns in a word: low half column k, high half column k + 32 of each 64; with float32 alone
+    WIDE  # (blocks, inputs, WIDTH) of the type of x, outputs filled up with zeros to whole blocks
+    HALF  # the same in bfloat16, two columns in a word: low half column k, high half column k + 32 of each block; with float32 alone
     TURNED  # (outputs, inputs): for few outputs
 
 cdef struct Linear:
     const void* weight
     const void* bias  # (outputs,) of the type of x, or NULL
-    Py_ssize_t inputs, outputs, columns
+    Py_ssize_t inputs, outputs
     int storage
 
 cdef enum:

@@ -25,8 +25,7 @@ from cython_ext.threads import one_blas_thread, threads_for
 
 cdef enum:
     SINGLE = 2  # one row is multiplied here: BLAS would copy the matrix first
-    TALL = 64  # from as many rows on, BLAS gets blocks of several WIDTHs, and of at most TILE rows
-    TILE = 256
+    TILE = 256  # rows of one call of BLAS
     ENTRIES = 4096  # of a block of an array that is taken entry by entry
 
 
@@ -47,7 +46,7 @@ cdef inlined accumulate(const real* x, Py_ssize_t n, const real* matrix, Py_ssiz
             lane[k] += x[i] * matrix[i * step + k]
 
 
-cdef inlined accumulate_half(const float* x, Py_ssize_t n, const uint32_t* matrix, Py_ssize_t step, float* lane) noexcept nogil:
+cdef inlined accumulate_half(const float* x, Py_ssize_t n, const uint32_t* matrix, float* lane) noexcept nogil:
     cdef Py_ssize_t i, k
     cdef Word word
     # lane = x @ matrix, the low half of a word being a column and the high half the one WIDTH // 2 on
@@ -55,22 +54,22 @@ cdef inlined accumulate_half(const float* x, Py_ssize_t n, const uint32_t* matri
         lane[k] = 0
     for i in range(n):
         for k in range(WIDTH // 2):
-            word.bits = matrix[i * step + k] << 16
+            word.bits = matrix[i * (WIDTH // 2) + k] << 16
             lane[k] += x[i] * word.value
         for k in range(WIDTH // 2):
-            word.bits = matrix[i * step + k] & 0xffff0000u
+            word.bits = matrix[i * (WIDTH // 2) + k] & 0xffff0000u
             lane[WIDTH // 2 + k] += x[i] * word.value
 
 
-cdef inlined widen(const uint32_t* matrix, Py_ssize_t n, Py_ssize_t step, float* out) noexcept nogil:
+cdef inlined widen(const uint32_t* matrix, Py_ssize_t n, float* out) noexcept nogil:
     cdef Py_ssize_t i, k
     cdef Word word
     # out (n, WIDTH) = the block of bfloat16 as float32
     for i in range(n):
         for k in range(WIDTH // 2):
-            word.bits = matrix[i * step + k] << 16
+            word.bits = matrix[i * (WIDTH // 2) + k] << 16
             out[i * WIDTH + k] = word.value
-            word.bits = matrix[i * step + k] & 0xffff0000u
+            word.bits = matrix[i * (WIDTH // 2) + k] & 0xffff0000u
             out[i * WIDTH + WIDTH // 2 + k] = word.value
 
 
@@ -114,16 +113,16 @@ cdef inlined activated(real* y, Py_ssize_t n, int activation) noexcept nogil:
 
 
 cdef inlined one_row(const Linear* layer, Py_ssize_t column, const real* x, real* y, Py_ssize_t n, int activation) noexcept nogil:
-    """y = activation(x @ W + b) for the n outputs of one block, all of whose columns are there."""
+    """y = activation(x @ W + b) for the n outputs of the block that begins at `column`."""
     cdef real lane[WIDTH]
     cdef Py_ssize_t k
     if real is float:
         if layer.storage == HALF:
-            accumulate_half(x, layer.inputs, <const uint32_t*> layer.weight + column // 2, layer.columns // 2, lane)
+            accumulate_half(x, layer.inputs, <const uint32_t*> layer.weight + column // 2 * layer.inputs, lane)
         else:
-            accumulate(x, layer.inputs, <const real*> layer.weight + column, layer.columns, WIDTH, lane)
+            accumulate(x, layer.inputs, <const real*> layer.weight + column * layer.inputs, WIDTH, WIDTH, lane)
     else:
-        accumulate(x, layer.inputs, <const real*> layer.weight + column, layer.columns, WIDTH // 2, lane)
+        accumulate(x, layer.inputs, <const real*> layer.weight + column * layer.inputs, WIDTH // 2, WIDTH // 2, lane)
     for k in range(n):
         y[k] = lane[k]
     finish(y, <const real*> layer.bias, column, n, activation)
@@ -133,9 +132,8 @@ cdef cloned block_of_rows(
     const Linear* layer, Py_ssize_t column, Py_ssize_t n, Py_ssize_t rows, const real* x, Py_ssize_t step_x, real* y, Py_ssize_t step_y,
     int activation, real* scratch,
 ) noexcept nogil:
-    """The outputs from `column` on, n of them, of some rows."""
-    cdef Py_ssize_t row, inputs = layer.inputs, width = width_of(y), k
-    cdef Py_ssize_t step = layer.columns
+    """The n outputs of the block that begins at `column`, of some rows."""
+    cdef Py_ssize_t row, inputs = layer.inputs, k
     cdef const real* bias = <const real*> layer.bias
     cdef const real* matrix
     if layer.storage == TURNED:
@@ -146,18 +144,16 @@ cdef cloned block_of_rows(
             finish(y + row * step_y + column, bias, column, n, activation)
         return
     if rows < SINGLE:
-        # a block at a time, which stays in cache for the rows after the first
-        for k in range((n + width - 1) // width):
-            for row in range(rows):
-                one_row(layer, column + k * width, x + row * step_x, y + row * step_y + column + k * width, min(width, n - k * width), activation)
+        for row in range(rows):
+            one_row(layer, column, x + row * step_x, y + row * step_y + column, n, activation)
         return
-    matrix = <const real*> layer.weight + column
+    matrix = <const real*> layer.weight + column * inputs
     if real is float:
         if layer.storage == HALF:
-            widen(<const uint32_t*> layer.weight + column // 2, inputs, layer.columns // 2, scratch)
-            matrix, step = scratch, WIDTH
+            widen(<const uint32_t*> layer.weight + column // 2 * inputs, inputs, scratch)
+            matrix = scratch
     # y = activation(x @ W + b)
-    multiply(False, False, rows, n, inputs, <real> 1, x, step_x, matrix, step, <real> 0, y + column, step_y)
+    multiply(False, False, rows, n, inputs, <real> 1, x, step_x, matrix, width_of(y), <real> 0, y + column, step_y)
     for row in range(rows):
         finish(y + row * step_y + column, bias, column, n, activation)
 
@@ -167,8 +163,6 @@ cdef void linear_layer(
     Py_ssize_t part, Py_ssize_t parts,
 ) noexcept nogil:
     cdef Py_ssize_t width = width_of(y), tile = rows if rows < TILE else TILE, across, down, job, column, row
-    if rows >= TALL and layer.storage == WIDE:
-        width *= 4
     across, down = (layer.outputs + width - 1) // width, (rows + tile - 1) // tile
     # blocks of `width` outputs by `tile` rows; neighbours in memory go to one thread
     for job in range(part * across * down // parts, (part + 1) * across * down // parts):
@@ -337,7 +331,6 @@ cdef Linear described(object packed, object bias):
     layer.weight = <const void*> <size_t> packed.weight.__array_interface__["data"][0]
     layer.bias = <const void*> <size_t> (0 if bias is None else bias.__array_interface__["data"][0])
     layer.inputs, layer.outputs, layer.storage = packed.inputs, packed.outputs, packed.storage
-    layer.columns = packed.weight.shape[1] * (2 if packed.storage == HALF else 1)
     return layer
 
 

@@ -1,6 +1,6 @@
 """Weights of linear layers in the order in which the kernels read them, in the arithmetic's own dtype or in bfloat16.
 
-    packed = pack(weight)                     weight (O, I), as torch keeps it; `packed.weight` is read column by column of blocks
+    packed = pack(weight)                     weight (O, I), as torch keeps it; `packed.weight` is read from one end to the other
     packed = pack(weight, "bfloat16")         half the bytes; arithmetic stays float32
 
 Letters: I inputs, O outputs.
@@ -8,12 +8,14 @@ Letters: I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 BLOCK_BYTES = 256  # of a row of a block: 64 columns of float32 or 32 of float64
+LINE = 64  # bytes of a line of the cache
 FEW = 16  # fewer outputs than these stay as they are, (O, I)
 WIDE, HALF, TURNED = range(3)  # `Storage` of dense.pxd
 
@@ -21,7 +23,7 @@ WIDE, HALF, TURNED = range(3)  # `Storage` of dense.pxd
 class Packed(NamedTuple):
     """A weight ready for `dense.linear`; made by `pack`."""
 
-    weight: ndarray  # (I, columns) of the arithmetic's dtype; (I, columns // 2) uint32 in bfloat16; (O, I) where O is small
+    weight: ndarray  # (blocks, I, 64 or 32) of the arithmetic's dtype; (blocks, I, 32) uint32 in bfloat16; (O, I) where O is small
     outputs: int
     inputs: int
     storage: int
@@ -35,11 +37,10 @@ class Packed(NamedTuple):
         """The weight (O, I) that the kernels multiply by, rounded to bfloat16 where it is stored so."""
         if self.storage == TURNED:
             return self.weight.copy()
-        wide = self.weight
+        blocks = self.weight
         if self.storage == HALF:
-            words = wide.reshape(self.inputs, -1, 1, 32)
-            wide = np.concatenate([words << 16, words & 0xFFFF0000], axis=2).view(np.float32).reshape(self.inputs, -1)
-        return wide[:, : self.outputs].T.copy()
+            blocks = np.concatenate([blocks << 16, blocks & 0xFFFF0000], axis=2).view(np.float32)
+        return blocks.transpose(0, 2, 1).reshape(-1, self.inputs)[: self.outputs].copy()
 
 
 def pack(weight: ndarray, weights: str | None = None) -> Packed:
@@ -62,12 +63,32 @@ def pack(weight: ndarray, weights: str | None = None) -> Packed:
     if outputs < FEW:
         return Packed(np.array(weight, order="C", subok=False), outputs, inputs, TURNED)
     block = BLOCK_BYTES // weight.dtype.itemsize
-    wide = np.zeros((inputs, -(-outputs // block) * block), weight.dtype)
-    wide[:, :outputs] = weight.T
+    rows = np.zeros((-(-outputs // block) * block, inputs), weight.dtype)
+    rows[:outputs] = weight
+    blocks = rows.reshape(-1, block, inputs).transpose(0, 2, 1)
     if weights != "bfloat16":
-        return Packed(wide, outputs, inputs, WIDE)
-    halves = bfloat16(wide).astype(np.uint32).reshape(inputs, -1, 2, block // 2)
-    return Packed((halves[:, :, 0] | halves[:, :, 1] << 16).reshape(inputs, -1), outputs, inputs, HALF)
+        return Packed(np.array(blocks, order="C"), outputs, inputs, WIDE)
+    halves = bfloat16(blocks).astype(np.uint32)
+    return Packed(np.ascontiguousarray(halves[:, :, : block // 2] | halves[:, :, block // 2 :] << 16), outputs, inputs, HALF)
+
+
+def together(layers: Mapping[str, Packed]) -> dict[str, Packed]:
+    """The same layers as views of one array, in their order, each from a cache line on.
+
+    A step that walks through its weights in this order reads one stream of memory, and a large array is given large pages.
+    """
+    places, end = {}, 0
+    for name, packed in layers.items():
+        places[name] = end
+        end += -(-packed.weight.nbytes // LINE) * LINE
+    held = np.empty(end + LINE, np.uint8)
+    held = held[-held.__array_interface__["data"][0] % LINE :]
+    moved = {}
+    for name, packed in layers.items():
+        weight = held[places[name] : places[name] + packed.weight.nbytes].view(packed.weight.dtype).reshape(packed.weight.shape)
+        weight[...] = packed.weight
+        moved[name] = packed._replace(weight=weight)
+    return moved
 
 
 def bfloat16(x: ndarray) -> ndarray:

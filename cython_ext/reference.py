@@ -13,6 +13,7 @@ from scipy.linalg import solve_triangular
 
 from cython_ext.checks import hierarchical_arguments, plain_arguments, scan_arguments
 from cython_ext.reference_dense import dense  # noqa: F401  (as `reference.dense`)
+from cython_ext.reference_wavecore import cms, wave  # noqa: F401
 from cython_ext.reference_wkv import wkv  # noqa: F401  (as `reference.wkv`)
 
 

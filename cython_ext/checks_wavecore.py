@@ -1,0 +1,101 @@
+"""Checks that the kernels of WaveCore and their NumPy twins share, so that they refuse the same input with the same words.
+
+Letters: B batch, n slots, d width of a level, d_k width of a key; L length, I channels and S states of a wave.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cython_ext.checks import _plain, array
+from cython_ext.checks_dense import dense_array
+
+FOLD = 2.0**-10  # a scale below this is folded into the memory
+RULES = ("slot0", "least_salient")  # in the order of `Rule` of cms.pxd
+
+
+def read_arguments(query: Any, memory: Any, keys: Any, scale: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]:
+    """query, memory and keys with a batch axis, the scale as a float, and whether there was a batch axis."""
+    memory, sizes, batch = _memory(memory, keys)
+    query, keys = (
+        array(name, value, [*batch, *axes], sizes, memory.dtype) for name, value, axes in (("query", query, ["d_k"]), ("keys", keys, ["n", "d_k"])))
+    scale = 1.0 if scale is None else array("scale", scale, "", {}, memory.dtype).item()
+    if batch:
+        return query, memory, keys, scale, True
+    return query[None], memory[None], keys[None], scale, False
+
+
+def write_arguments(
+    memory: Any, keys: Any, norms: Any, scale: Any, value: Any, key: Any, gate: Any, decay: Any, rule: Any, threshold: Any, chosen: Any
+) -> tuple[Any, ...]:
+    """The arguments of a write with a batch axis: arrays, 1 - decay, the number of the rule, and rows (-1: by the rule) and open, as int64.
+
+    memory, keys, norms and scale are those that were given, or views of them.
+    """
+    _, sizes, batch = _memory(memory, keys)  # not the copy that this makes of an array which is not contiguous
+    held = {"memory": (memory, ["n", "d"]), "keys": (keys, ["n", "d_k"])}
+    if scale is not None:
+        held["norms"] = (norms, ["n"])
+        array("scale", scale, "", {}, memory.dtype)
+        _in_place("scale", scale)
+    for name, (given, axes) in held.items():
+        array(name, given, [*batch, *axes], sizes, memory.dtype)
+        _in_place(name, given)
+    sizes["1"] = 1
+    named = (("value", value, "d"), ("key", key, "d_k"), ("gate", gate, "1"))
+    new = [array(name, given, [*batch, axis], sizes, memory.dtype) for name, given, axis in named]
+    new = [part.copy() if any(np.may_share_memory(part, given) for given, _ in held.values()) else part for part in new]
+    for name, number, low, high in (("decay", decay, 0.0, 1.0), ("threshold", threshold, -1.0, 2.0)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, np.floating)) or not low < number < high:
+            raise ValueError(f"{name} must lie in ({low:g}, {high:g}), found {number!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be {' or '.join(map(repr, RULES))}, found {rule!r}")
+    arrays = [given for given, _ in held.values()] + ([None] if scale is None else []) + new
+    if not batch:
+        arrays = [None if part is None else part[None] for part in arrays]
+    return (*arrays, 1.0 - float(decay), RULES.index(rule), *_chosen(chosen, batch, sizes))
+
+
+def _memory(memory: Any, keys: Any) -> tuple[np.ndarray, dict[str, int], list[str]]:
+    """memory, the sizes B, n, d and d_k, and its batch axis where it has one."""
+    _plain("memory", memory)
+    batch = ["B"] if memory.ndim != 2 else []
+    memory = dense_array("memory", memory, 2 + len(batch), "B, n, d")
+    _plain("keys", keys)
+    if keys.ndim != memory.ndim or keys.shape[-1] == 0:
+        raise ValueError(f"keys must have shape ({', '.join([*batch, 'n', 'd_k'])}) with no axis empty, found {keys.shape}")
+    return memory, dict(zip([*batch, "n", "d", "d_k"], [*memory.shape, keys.shape[-1]], strict=True)), batch
+
+
+def _in_place(name: str, value: np.ndarray) -> None:
+    flags = value.flags
+    if not (flags.c_contiguous and flags.writeable and flags.aligned):
+        raise ValueError(f"{name} is changed in place and must be C-contiguous, aligned and writeable, found one that is not")
+
+
+def _chosen(chosen: Any, batch: list[str], sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    rows = sizes["B"] if batch else 1
+    if chosen is None:
+        return np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
+    if not isinstance(chosen, (tuple, list)) or len(chosen) != 2:
+        raise TypeError(f"chosen must be a pair (row, open) or None, found {type(chosen).__name__}")
+    row = array("row of chosen", np.asarray(chosen[0]), batch, sizes, np.dtype(np.int64)).reshape(rows)
+    opened = array("open of chosen", np.asarray(chosen[1]), batch, sizes, np.dtype(bool)).reshape(rows).astype(np.int64)
+    if not ((row >= 0) & (row < sizes["n"])).all():
+        raise ValueError(f"row of chosen must lie in [0, {sizes['n']}), found {row.tolist()}")
+    return row, opened
+
+
+def wave_arguments(letters: str, u: Any, carry: Any, dt: Any, b: Any, c: Any, a_raw: Any, b_base: Any, c_base: Any, d: Any) -> list[np.ndarray]:
+    """The arguments of a wave, checked, in this order; `letters` spells the axes of u."""
+    u = dense_array("u", u, len(letters), ", ".join(letters))
+    sizes = dict(zip(letters, u.shape, strict=True))
+    _plain("a_raw", a_raw)
+    if a_raw.ndim != 2 or a_raw.shape[1] == 0:
+        raise ValueError(f"a_raw must have shape (I, S) with no axis empty, found {a_raw.shape}")
+    sizes["S"] = a_raw.shape[1]
+    axes = {"carry": "BIS", "dt": letters, "b": letters, "c": letters, "a_raw": "IS", "b_base": "IS", "c_base": "IS", "d": "I"}
+    given = zip(axes.items(), (carry, dt, b, c, a_raw, b_base, c_base, d), strict=True)
+    return [u, *(array(name, value, spelled, sizes, u.dtype) for (name, spelled), value in given)]
