@@ -16,7 +16,7 @@ import pytest
 
 from conf.models import WaveCoreConfig
 from parity_tests.twins_wave import WaveCoreTwin
-from runtime import public, read_arrays
+from runtime import build, public, read_arrays
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -99,6 +99,13 @@ def run_jax(golden: dict[str, Any], arrays: dict[str, np.ndarray], by: str) -> d
         return steps(call, bound, *jax.tree.map(jax.numpy.asarray, (held_of(golden), sequence_of(golden))), by)
 
 
+def run_cython(golden: dict[str, Any], arrays: dict[str, np.ndarray], by: str) -> dict[str, Any]:
+    pytest.importorskip("cython_ext.wavecore_engine")
+    config, sizes = config_of(golden)
+    model = build("wavecore", config.sized(*sizes), "cython", arrays, "float64")
+    return steps(model, model, held_of(golden), sequence_of(golden), by)
+
+
 def run_twin(golden: dict[str, Any], arrays: dict[str, np.ndarray], by: str) -> dict[str, Any]:
     state = dict(zip(("s", "w", "p", "memories", "keys"), held_of(golden), strict=True))
     outs, last = WaveCoreTwin(config_of(golden)[0], arrays).rollout(state, *sequence_of(golden))
@@ -119,11 +126,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
             assert np.linalg.norm(mine - theirs) <= BOUND * np.linalg.norm(theirs), (key, t)
 
 
-RUNS = {"torch": run_torch, "jax": run_jax, "twin": run_twin}
+RUNS = {"torch": run_torch, "jax": run_jax, "cython": run_cython, "twin": run_twin}
 
 
 @pytest.mark.parametrize(
-    ("backend", "by"), [(backend, by) for backend in ("torch", "jax") for by in ("call", "step", "rollout")] + [("twin", "step")]
+    ("backend", "by"), [(backend, by) for backend in ("torch", "jax", "cython") for by in ("call", "step", "rollout")] + [("twin", "step")]
 )
 def test_every_vector(backend: str, by: str, golden: dict[str, Any]) -> None:
     assert_same(RUNS[backend](golden, public.rename("wavecore", golden["weights"]), by), golden["outputs"])

@@ -25,11 +25,11 @@ MODELS: dict[str, dict[str, tuple[str, ...]]] = {
     "grounded_mamba": {"torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": ()},
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
     "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule",)},
-    "wavecore": {"torch": (), "jax": ()},
+    "wavecore": {"torch": (), "jax": (), "cython": ("wavecore_engine",)},
 }
+ENGINES = {("wavecore", "cython")}  # what runs with no framework in the process
 _REFUSED = {
     ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
-    ("wavecore", "cython"): ": WaveCore has no compiled engine",
 }
 
 
@@ -44,15 +44,17 @@ def build(
     obs_dim: int | None = None,
     action_dim: int | None = None,
     output_dim: int | None = None,
+    weights: str | None = None,
 ) -> Any:
     """A model that is called alike on every backend.
 
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
     config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for "wavecore"),
-    "jax" or, for "lam", "cython" (compiled, no gradients). arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from
-    `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore, needed unless its
-    configuration is sized, and of no other model.
+    "jax" or, for "lam" and "wavecore", "cython" (compiled, no gradients; for "wavecore" an engine without a framework). arrays: flat dict,
+    torch names -> NumPy arrays, copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim,
+    output_dim: the widths of a WaveCore, needed unless its configuration is sized, and of no other model. weights: "bfloat16" for an engine
+    that stores its weights so and computes in float32.
 
     The model has `.config` (a WaveCore's is sized), `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
     `.generate` and `.init_states` besides, GroundedMamba `.update_memory`, WaveCore `.step`, `.rollout`, `.init_state`, `.state`, `.memories`,
@@ -66,11 +68,17 @@ def build(
     check_config(name, config)
     check_dtype(dtype)
     check_backend(name, backend)
+    if weights is not None and (name, backend) not in ENGINES:
+        raise ValueError(f"weights={weights!r}: only an engine without a framework takes weights, which {name!r} on {backend!r} is not")
     checked = check(name, config, init_arrays(name, config, seed) if arrays is None else arrays, dtype)
     if backend == "jax":
         from runtime import jax_backend
 
         return jax_backend.MODELS[name](config, checked, dtype)
+    if (name, backend) in ENGINES:
+        from runtime import cython_backend
+
+        return cython_backend.MODELS[name](config, checked, dtype, weights)
     from runtime import torch_backend
 
     return torch_backend.MODELS[name](config, checked, backend, dtype)
@@ -82,11 +90,12 @@ def check_backend(name: str, backend: str) -> None:
     if backend not in kernels:
         reason = _REFUSED.get((name, backend), "")
         raise ValueError(f"backend of {name!r} must be one of {', '.join(map(repr, kernels))}, found {backend!r}{reason}")
-    packages, extra = BACKENDS[backend]
+    alone = (name, backend) in ENGINES
+    packages, extra = ((), "") if alone else BACKENDS[backend]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"backend {backend!r} needs {' and '.join(missing)}: pip install '{extra}'")
-    if kernels[backend] and os.environ.get("GROUNDWAVE_KERNELS") != "torch":
+    if kernels[backend] and (alone or os.environ.get("GROUNDWAVE_KERNELS") != "torch"):
         import cython_ext
 
         try:

@@ -1,6 +1,6 @@
 """`load_core` and `save_core`: a WaveCore in a directory, and the router to the backend that runs it.
 
-    model = load_core(path, backend="torch")                 "torch" or "jax"
+    model = load_core(path, backend="torch")                 "torch", "jax" or "cython"
     state = model.init_state()
     y, state, info = model.step(state, x_obs, a_prev, r_t)
 
@@ -56,8 +56,9 @@ def save_core(
     save_arrays("wavecore", model.config, model.arrays(), directory, model.dtype, texts=texts)
 
 
-def load_core(path: str | os.PathLike[str], backend: str = "torch", dtype: str | None = None) -> Any:
-    """The WaveCore in a local directory, on any backend, as `runtime.build` makes it; `dtype`, "float32" or "float64", as stored unless given.
+def load_core(path: str | os.PathLike[str], backend: str = "torch", dtype: str | None = None, weights: str | None = None) -> Any:
+    """The WaveCore in a local directory, on any backend, as `runtime.build` makes it; `dtype`, "float32" or "float64", as stored unless given;
+    `weights`, "bfloat16", for the engine of "cython" alone.
 
     A directory of `save_core` or `save`, or one that holds `wavecore_seed.npz` beside a `manifest.json`. The sizes of the latter are read off
     its shapes; what no array shows comes from the manifest's config or from a `config.json`, of which `cms_sizes` and `cms_decays` must be
@@ -79,7 +80,7 @@ def load_core(path: str | os.PathLike[str], backend: str = "torch", dtype: str |
         stored = str(next(iter(arrays.values())).dtype)
     else:
         raise FileNotFoundError(f"{directory} holds neither a {files.CONFIG} that runtime.save wrote nor {SEED}")
-    return build("wavecore", config, backend, arrays, stored if dtype is None else dtype)
+    return build("wavecore", config, backend, arrays, stored if dtype is None else dtype, weights=weights)
 
 
 def describe_core(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:

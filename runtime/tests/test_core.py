@@ -12,13 +12,13 @@ from conf.models import DeltaNetConfig
 from runtime import checkpoint, core, files, public
 from runtime.arrays import parameter_count
 
-BACKENDS = ("torch", "jax")
+BACKENDS = ("torch", "jax", "cython")
 PROOF = dict(loss_before=1.5, loss_after=0.25, curve=[1.5, 0.75, 0.25], data="Pendulum-v1, 3 episodes", seed=7, episodes=3)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    for package in {"torch": ["torch"], "jax": ["jax", "flax"]}[request.param]:
+    for package in {"torch": ["torch"], "jax": ["jax", "flax"], "cython": ["cython_ext.wavecore_engine"]}[request.param]:
         pytest.importorskip(package)
     return request.param
 
@@ -183,9 +183,9 @@ def test_directories_that_hold_no_core(tmp_path, directory):
         runtime.save_core({}, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cython", "torch_compiled", "numpy"])
+@pytest.mark.parametrize("name", ["torch_compiled", "numpy"])
 def test_backends_that_do_not_run_it(directory, name):
-    with pytest.raises(ValueError, match=f"backend of 'wavecore' must be one of 'torch', 'jax', found '{name}'"):
+    with pytest.raises(ValueError, match=f"backend of 'wavecore' must be one of 'torch', 'jax', 'cython', found '{name}'"):
         runtime.load_core(directory, name)
 
 
