@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cython_ext.checks import _plain, array
+from cython_ext.checks import DTYPES, _plain, array
 from cython_ext.checks_dense import dense_array
 
 FOLD = 2.0**-10  # a scale below this is folded into the memory
@@ -35,24 +35,22 @@ def write_arguments(
     memory, keys, norms and scale are those that were given, or views of them.
     """
     _, sizes, batch = _memory(memory, keys)  # not the copy that this makes of an array which is not contiguous
-    held = {"memory": (memory, ["n", "d"]), "keys": (keys, ["n", "d_k"])}
+    sizes["1"], dtype = 1, memory.dtype
+    held = [("memory", memory, [*batch, "n", "d"]), ("keys", keys, [*batch, "n", "d_k"])]
     if scale is not None:
-        held["norms"] = (norms, ["n"])
-        array("scale", scale, "", {}, memory.dtype)
-        _in_place("scale", scale)
-    for name, (given, axes) in held.items():
-        array(name, given, [*batch, *axes], sizes, memory.dtype)
+        held += [("norms", norms, [*batch, "n"]), ("scale", scale, [])]
+    for name, given, axes in held:
+        _fitting(name, given, axes, sizes, dtype)
         _in_place(name, given)
-    sizes["1"] = 1
     named = (("value", value, "d"), ("key", key, "d_k"), ("gate", gate, "1"))
-    new = [array(name, given, [*batch, axis], sizes, memory.dtype) for name, given, axis in named]
-    new = [part.copy() if any(np.may_share_memory(part, given) for given, _ in held.values()) else part for part in new]
+    # copies: they may be rows of the memory itself
+    new = [np.array(_fitting(name, given, [*batch, axis], sizes, dtype), order="C") for name, given, axis in named]
     for name, number, low, high in (("decay", decay, 0.0, 1.0), ("threshold", threshold, -1.0, 2.0)):
         if isinstance(number, bool) or not isinstance(number, (int, float, np.floating)) or not low < number < high:
             raise ValueError(f"{name} must lie in ({low:g}, {high:g}), found {number!r}")
     if rule not in RULES:
         raise ValueError(f"rule must be {' or '.join(map(repr, RULES))}, found {rule!r}")
-    arrays = [given for given, _ in held.values()] + ([None] if scale is None else []) + new
+    arrays = [memory, keys, norms, *new]
     if not batch:
         arrays = [None if part is None else part[None] for part in arrays]
     return (*arrays, 1.0 - float(decay), RULES.index(rule), *_chosen(chosen, batch, sizes))
@@ -62,16 +60,22 @@ def _memory(memory: Any, keys: Any) -> tuple[np.ndarray, dict[str, int], list[st
     """memory, the sizes B, n, d and d_k, and its batch axis where it has one."""
     _plain("memory", memory)
     batch = ["B"] if memory.ndim != 2 else []
-    memory = dense_array("memory", memory, 2 + len(batch), "B, n, d")
+    if type(memory) is not np.ndarray or memory.dtype not in DTYPES or 0 in memory.shape or not memory.flags.carray or memory.ndim != 2 + len(batch):
+        memory = dense_array("memory", memory, 2 + len(batch), "B, n, d")
     _plain("keys", keys)
     if keys.ndim != memory.ndim or keys.shape[-1] == 0:
         raise ValueError(f"keys must have shape ({', '.join([*batch, 'n', 'd_k'])}) with no axis empty, found {keys.shape}")
     return memory, dict(zip([*batch, "n", "d", "d_k"], [*memory.shape, keys.shape[-1]], strict=True)), batch
 
 
+def _fitting(name: str, value: Any, letters: list[str], sizes: dict[str, int], dtype: np.dtype) -> np.ndarray:
+    """`array`, by a short way for what needs nothing: a write is a microsecond or two of work."""
+    ready = type(value) is np.ndarray and value.dtype == dtype and value.shape == tuple([sizes[letter] for letter in letters])
+    return value if ready and value.flags.carray else array(name, value, letters, sizes, dtype)
+
+
 def _in_place(name: str, value: np.ndarray) -> None:
-    flags = value.flags
-    if not (flags.c_contiguous and flags.writeable and flags.aligned):
+    if not value.flags.carray:
         raise ValueError(f"{name} is changed in place and must be C-contiguous, aligned and writeable, found one that is not")
 
 
