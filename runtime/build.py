@@ -22,12 +22,12 @@ BACKENDS = {
 
 # Model -> backends, each with the compiled kernels that it runs.
 MODELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "grounded_mamba": {"torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": ()},
+    "grounded_mamba": {"torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": (), "cython": ("dense", "selective_scan", "wkv")},
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
     "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule",)},
     "wavecore": {"torch": (), "jax": (), "cython": ("wavecore_engine",)},
 }
-ENGINES = {("wavecore", "cython")}  # what runs with no framework in the process
+ENGINES = {("grounded_mamba", "cython"), ("wavecore", "cython")}  # what runs with no framework in the process
 _REFUSED = {
     ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
 }
@@ -51,14 +51,14 @@ def build(
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
     config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for "wavecore"),
-    "jax" or, for "lam" and "wavecore", "cython" (compiled, no gradients; for "wavecore" an engine without a framework). arrays: flat dict,
+    "jax" or, for all but "deltanet_lm", "cython" (compiled, no gradients; but for "lam" an engine without a framework). arrays: flat dict,
     torch names -> NumPy arrays, copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim,
     output_dim: the widths of a WaveCore, needed unless its configuration is sized, and of no other model. weights: "bfloat16" for an engine
     that stores its weights so and computes in float32.
 
     The model has `.config` (a WaveCore's is sized), `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
-    `.generate` and `.init_states` besides, GroundedMamba `.update_memory`, WaveCore `.step`, `.rollout`, `.init_state`, `.state`, `.memories`,
-    `.state_arrays` and `.load_state`.
+    `.generate` and `.init_states` besides, GroundedMamba `.update_memory` (not on "cython"), WaveCore `.step`, `.rollout`, `.init_state`,
+    `.state`, `.memories`, `.state_arrays` and `.load_state`.
 
     Raises ValueError for an unknown name, backend or dtype, for missing, unused or misshapen arrays (all in one) and for widths that are
     missing, wrong or not the model's, TypeError for the configuration of another model, ImportError, saying what to install, for a backend
