@@ -14,7 +14,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-KERNELS = ["selective_scan", "plain_delta", "delta_rule", "dense", "wkv", "cms", "wave", "wavecore_step", "wavecore_engine", "lam_engine"]
+KERNELS = [
+    "selective_scan", "plain_delta", "delta_rule", "dense", "wkv", "cms", "wave", "wavecore_step", "wavecore_engine", "lam_engine", "mamba_step",
+]
 DEBUG = os.environ.get("CYTHON_DEBUG", "0") not in ("", "0")
 
 # Strict arithmetic: no -ffast-math (NaN must stay NaN), no -march=native (a wheel runs elsewhere; clones.pxd adds AVX2 and AVX-512),

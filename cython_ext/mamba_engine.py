@@ -56,13 +56,13 @@ class Sizes(NamedTuple):
 
 
 class GroundedMambaEngine:
-    """The forward of one GroundedMamba. What a call needs lies in the call: two Python threads may use one engine."""
+    """The forward of one GroundedMamba. Two Python threads may use one engine: what a call needs lies in the call or, for one token, under a lock."""
 
     def __init__(self, weights: Mapping[str, ndarray], sizes: Sizes, storage: str | None = None) -> None:
         """`weights`: flat dict under torch's names, copied; what is not of the forward is ignored. storage: "bfloat16" halves the bytes of the
         products' weights, arithmetic staying float32; None keeps them as they are. Raises ImportError where a kernel is not built, ValueError,
         naming it, for an array that is missing, of another shape or dtype, and for an unknown storage."""
-        for name in ("dense", "selective_scan", "wkv"):
+        for name in ("dense", "selective_scan", "wkv", "mamba_step"):
             kernel(name)
         self.sizes, table = sizes, weights.get("embedding.weight")
         self.dtype = np.dtype(np.float32) if table is None else table.dtype
@@ -71,6 +71,7 @@ class GroundedMambaEngine:
         self._head = pack(self._table, storage)
         self._norm = take.affine("ln_out", sizes.dim)
         self._blocks = [_Block(take.of(f"blocks.{index}."), sizes, storage) for index in range(sizes.depth)]
+        self._decoder = kernel("mamba_step").Decoder(self._blocks, self._norm, self._head, sizes)
 
     def __call__(self, ids: Any, states: list[State] | None = None) -> tuple[ndarray, list[State]]:
         """ids (B, L) -> the logits of every token (B, L, V) and new states; those passed in are left as they are.
@@ -79,6 +80,9 @@ class GroundedMambaEngine:
         """
         ids, states = self._arguments(ids, states)
         logits = np.empty((*ids.shape, self.sizes.vocab_size), self.dtype)
+        if ids.size == 1:
+            self._decoder.step(self._table[ids[0, 0]], states, logits[0, 0])
+            return logits, states
         for first, x in self._chunks(ids, states):
             logits[:, first : first + x.shape[1]] = self._logits(x)
         return logits, states
@@ -90,20 +94,29 @@ class GroundedMambaEngine:
             last = x[:, -1:]
         return self._logits(last)[:, 0], states
 
-    def decode(self, ids: Any, states: list[State]) -> ndarray:
-        """One token of every row, ids (B,) -> logits (B, V). `states` are overwritten with those after it.
+    def decode(self, ids: Any, states: list[State], out: ndarray | None = None) -> ndarray:
+        """One token of every row, ids (B,) -> logits (B, V), written to `out` where given. `states` are overwritten with those after it.
 
-        Raises as a call does, and for states that are not contiguous or cannot be written.
+        With one row and `out` no array is allocated. Raises as a call does, and for states or an `out` that are not contiguous or cannot be written.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1:
             raise ValueError(f"ids of one token must have shape (batch,), found {ids.shape}")
         ids = _checked_ids(ids[:, None], self.sizes.vocab_size)
         self._check_states(states, ids.shape[0], written=True)
+        if out is None:
+            out = np.empty((ids.shape[0], self.sizes.vocab_size), self.dtype)
+        elif not isinstance(out, ndarray) or out.shape != (ids.shape[0], self.sizes.vocab_size) or out.dtype != self.dtype or not out.flags.carray:
+            expected = f"a contiguous, writeable {self.dtype} array of shape {(ids.shape[0], self.sizes.vocab_size)}"
+            raise ValueError(f"out must be {expected}, found {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}")
+        if ids.size == 1:
+            self._decoder.step(self._table[ids[0, 0]], states, out[0])
+            return out
         x = self._table[ids]
         for block, state in zip(self._blocks, states, strict=True):
             x = block(x, state)
-        return self._logits(x)[:, 0]
+        out[...] = self._logits(x)[:, 0]
+        return out
 
     def generate(self, ids: Any, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> ndarray:
         """Continue ids (B, L) by `max_new_tokens` tokens, drawn as on every backend: (B, L + max_new_tokens)."""
@@ -151,7 +164,7 @@ class GroundedMambaEngine:
                     raise ValueError(f"states[{i}][{name!r}] must have shape {shape}, found {value.shape}")
                 if value.dtype != self.dtype:
                     raise ValueError(f"states[{i}][{name!r}] must have dtype {self.dtype}, found {value.dtype}")
-                if written and not (value.flags.carray and value.flags.writeable):
+                if written and not value.flags.carray:
                     raise ValueError(f"states[{i}][{name!r}] is overwritten and must be contiguous and writeable, found an array that is not")
                 if math.isnan(value.min()):  # the smallest of an array with NaN is NaN
                     raise ValueError(f"states[{i}][{name!r}] {shape} must be finite, found NaN")

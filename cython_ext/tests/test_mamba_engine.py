@@ -6,6 +6,7 @@ import dataclasses
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from conf.models import GroundedMambaConfig
 from runtime import public, read_arrays
 from runtime.init import init_arrays
 
-for kernel in ("dense", "selective_scan", "wkv"):
+for kernel in ("dense", "selective_scan", "wkv", "mamba_step"):
     pytest.importorskip(f"cython_ext.{kernel}")
 
 from cython_ext import mamba_engine  # noqa: E402
@@ -106,6 +107,12 @@ def test_equals_the_torch_module(config, seed, batch, length):
         assert_close(engine(ids, given_states), expected, 1e-11)
         last, after = engine.prefill(ids, given_states)
         assert_close((last, after), (expected[0][:, -1], expected[1]), 1e-11)
+        moved = [{key: value[:1].copy() for key, value in state.items()} for state in given_states or empty]
+        out = np.full((1, config.vocab_size), np.nan)
+        for token in ids[0]:
+            assert engine.decode(token[None], moved, out) is out
+        first = [{key: value[:1] for key, value in state.items()} for state in expected[1]]
+        assert_close((out, moved), (expected[0][:1, -1], first), 1e-11)
     assert all(np.array_equal(a, b) for a, b in zip(before, flat((ids, states)), strict=True))
 
 
@@ -173,7 +180,8 @@ def test_threads_change_no_bit(dtype):
             cython_ext.set_num_threads(threads)
             engine = engine_of(config, weights)
             logits, states = engine(ids)
-            results.append([*flat((logits, states)), engine.decode(ids[:, 0], states), *flat((logits, states))])
+            one = [{key: value[:1].copy() for key, value in state.items()} for state in states]
+            results.append([*flat((engine.decode(ids[:, 0], states), states)), *flat((engine.decode(ids[:1, 0], one), one)), logits])
     finally:
         cython_ext.set_num_threads(None)
     for other in results[1:]:
@@ -182,14 +190,28 @@ def test_threads_change_no_bit(dtype):
 
 def test_ten_thousand_steps_in_constant_memory():
     engine = engine_of(TINY, weights_of(TINY))
-    states, token = engine.init_states(1), np.array([3])
-    for _ in range(500):
-        engine.decode(token, states)
-    before = _resident()
-    for _ in range(10_000):
-        logits = engine.decode(token, states)
-    assert _resident() - before < 1 << 20
-    assert np.isfinite(logits).all()
+    for batch, steps in ((1, 10_000), (2, 1_000)):
+        states, token = engine.init_states(batch), np.full(batch, 3)
+        for _ in range(steps // 20):
+            engine.decode(token, states)
+        before = _resident()
+        for _ in range(steps):
+            logits = engine.decode(token, states)
+        assert _resident() - before < 1 << 20
+        assert np.isfinite(logits).all()
+
+
+def test_two_python_threads_use_one_engine():
+    engine, ids = engine_of(TINY, weights_of(TINY)), ids_of(TINY, 2, 200)
+
+    def decoded(row):
+        states = engine.init_states(1)
+        return np.concatenate([engine.decode(token[None], states) for token in row])
+
+    expected = [decoded(row) for row in ids]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(decoded, ids))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_no_framework_is_imported():
@@ -252,6 +274,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"states\[0\]\['wkv'\] is overwritten and must be contiguous"):
         engine.decode(ids[:, 0], strided)
     assert engine(ids, strided)[0].shape == (2, 3, 23)
+    for out in (np.empty((2, 22)), np.empty((2, 23), np.float32), np.empty((23, 2)).T, [0.0]):
+        with pytest.raises(ValueError, match=r"^out must be a contiguous, writeable float64 array of shape \(2, 23\), found "):
+            engine.decode(ids[:, 0], engine.init_states(2), out)
     with pytest.raises(ValueError, match=r"of one token must have shape \(batch,\), found \(2, 3\)"):
         engine.decode(ids, engine.init_states(2))
 
