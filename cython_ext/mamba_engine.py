@@ -79,11 +79,16 @@ class GroundedMambaEngine:
         Raises ValueError for ids that are no integers in [0, V), an empty input, and states of another shape or dtype or with NaN.
         """
         ids, states = self._arguments(ids, states)
-        logits = np.empty((*ids.shape, self.sizes.vocab_size), self.dtype)
         if ids.size == 1:
+            logits = np.empty((1, 1, self.sizes.vocab_size), self.dtype)
             self._decoder.step(self._table[ids[0, 0]], states, logits[0, 0])
             return logits, states
+        logits = None
         for first, x in self._chunks(ids, states):
+            if x.shape[1] == ids.shape[1]:  # one chunk: its logits need no copy
+                return self._logits(x), states
+            if logits is None:
+                logits = np.empty((*ids.shape, self.sizes.vocab_size), self.dtype)
             logits[:, first : first + x.shape[1]] = self._logits(x)
         return logits, states
 
