@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import public, read_arrays
+from runtime import build, public, read_arrays
 from runtime.arrays import parameter_count
 
 torch = pytest.importorskip("torch")
@@ -109,6 +109,17 @@ def test_every_vector(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) 
     assert_same(run(config, arrays, vectors["inputs"]["input_ids"], impl), vectors["outputs"])
     # else the compiled backend might be compared under another's name
     assert compiled.kernel_calls("hierarchical_delta_rule") == (config.depth if impl == "compiled" else 0)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_vector_of_the_engine(name: str) -> None:
+    """Which shows of a layer its output alone."""
+    pytest.importorskip("cython_ext.lam_engine")
+    vectors = golden(name)
+    config, arrays = public.config("lam", vectors["weights"]), public.rename("lam", vectors["weights"])
+    output = build("lam", config, "cython", arrays, "float64")(vectors["inputs"]["input_ids"], output_hidden_states=True)
+    found = {f"hidden_{i}": value for i, value in enumerate(output.hidden_states)} | {"embedding": output.embedding}
+    assert_same(found, {key: value for key, value in vectors["outputs"].items() if not key.startswith("layer0_")})
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -17,17 +17,17 @@ BACKENDS = {
     "torch": (("torch",), "groundwave[torch]"),
     "torch_compiled": (("torch",), "groundwave[torch]"),
     "jax": (("jax", "flax"), "groundwave[jax]"),
-    "cython": (("torch",), "groundwave[torch]"),  # LAM: the dense products are still torch's
+    "cython": ((), "groundwave"),
 }
 
 # Model -> backends, each with the compiled kernels that it runs.
 MODELS: dict[str, dict[str, tuple[str, ...]]] = {
     "grounded_mamba": {"torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": (), "cython": ("dense", "selective_scan", "wkv")},
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
-    "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule",)},
+    "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule", "dense", "lam_engine")},
     "wavecore": {"torch": (), "jax": (), "cython": ("wavecore_engine",)},
 }
-ENGINES = {("grounded_mamba", "cython"), ("wavecore", "cython")}  # what runs with no framework in the process
+ENGINES = {("grounded_mamba", "cython"), ("lam", "cython"), ("wavecore", "cython")}  # what runs with no framework in the process
 _REFUSED = {
     ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
 }
@@ -51,7 +51,7 @@ def build(
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
     config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for "wavecore"),
-    "jax" or, for all but "deltanet_lm", "cython" (compiled, no gradients; but for "lam" an engine without a framework). arrays: flat dict,
+    "jax" or, for all but "deltanet_lm", "cython" (a compiled engine without a framework: NumPy, no gradients). arrays: flat dict,
     torch names -> NumPy arrays, copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim,
     output_dim: the widths of a WaveCore, needed unless its configuration is sized, and of no other model. weights: "bfloat16" for an engine
     that stores its weights so and computes in float32.
@@ -91,7 +91,7 @@ def check_backend(name: str, backend: str) -> None:
         reason = _REFUSED.get((name, backend), "")
         raise ValueError(f"backend of {name!r} must be one of {', '.join(map(repr, kernels))}, found {backend!r}{reason}")
     alone = (name, backend) in ENGINES
-    packages, extra = ((), "") if alone else BACKENDS[backend]
+    packages, extra = BACKENDS[backend]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"backend {backend!r} needs {' and '.join(missing)}: pip install '{extra}'")

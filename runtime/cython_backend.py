@@ -13,6 +13,7 @@ import cython_ext
 from conf.models import SizedWaveCoreConfig
 from cython_ext.wavecore_layout import Sizes
 from runtime import core_state
+from runtime.cython_lam import CythonLam
 from runtime.cython_mamba import CythonGroundedMamba
 
 ENGINES = 8  # batch sizes whose buffers are kept at a time
@@ -193,7 +194,7 @@ class CythonWaveCore:
                 raise ValueError(f"{name} {value.shape} must be finite, found NaN or infinity")
 
 
-MODELS = {CythonGroundedMamba.name: CythonGroundedMamba, CythonWaveCore.name: CythonWaveCore}
+MODELS = {model.name: model for model in (CythonGroundedMamba, CythonLam, CythonWaveCore)}
 
 
 def _held(engine: Any, held: np.ndarray) -> HeldState:

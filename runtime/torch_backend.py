@@ -17,7 +17,7 @@ from torch_impl.lam import LAM
 from torch_impl.state import CoreState
 from torch_impl.wavecore import WaveCore
 
-_IMPLS = {"torch": "chunked", "torch_compiled": "compiled", "cython": "compiled"}
+_IMPLS = {"torch": "chunked", "torch_compiled": "compiled"}
 
 
 class TorchModel:
@@ -93,7 +93,7 @@ class TorchDeltaNetLM(TorchLanguageModel):
 
 
 class TorchLam(TorchModel):
-    """LAM in torch; on the backend "cython" its rule is compiled and nothing has gradients."""
+    """LAM in torch."""
 
     name = "lam"
     kind = LAM
@@ -104,7 +104,7 @@ class TorchLam(TorchModel):
         ids = input_ids if native else self._ids(input_ids)
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             attention_mask = torch.as_tensor(np.asarray(attention_mask), device=self._device())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and native and self.backend != "cython"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and native):
             output = self.module(ids, attention_mask, output_hidden_states)
         return output if native else _to_numpy(output)
 

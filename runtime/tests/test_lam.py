@@ -15,7 +15,7 @@ from runtime import LAM, encoding, public
 from runtime.files import digest, pending_path, write_arrays
 from runtime.tokenizer import tokenize
 
-NEEDED = {"cython": ["torch", "cython_ext.delta_rule"], "torch": ["torch"], "jax": ["jax", "flax"]}
+NEEDED = {"cython": ["cython_ext.lam_engine"], "torch": ["torch"], "jax": ["jax", "flax"]}
 # Unit rows in other batches: the same sums in another order, through two layers that normalise.
 ROUNDING = {"float32": 1e-5, "float64": 1e-13}
 
@@ -273,13 +273,13 @@ def test_directories_that_are_no_lam(tmp_path, saved):
 
 @pytest.mark.parametrize("asked, absent, used, reasons", [
     ("cython", ["cython_ext.delta_rule"], "torch", {"cython": "needs the compiled kernels: .*is not built"}),
-    ("cython", ["torch"], "jax", {"cython": r"needs torch: pip install 'groundwave\[torch\]'", "torch": "needs torch"}),
+    ("cython", ["cython_ext.lam_engine", "torch"], "jax", {"cython": "needs the compiled kernels", "torch": r"needs torch: .*groundwave\[torch\]"}),
     ("jax", ["flax"], "cython", {"jax": r"needs flax: pip install 'groundwave\[jax\]'"}),
     ("jax", ["jax", "cython_ext.delta_rule"], "torch", {"jax": "needs jax", "cython": "needs the compiled kernels"}),
-    ("torch", ["torch"], "jax", {"torch": "needs torch", "cython": "needs torch"}),
+    ("torch", ["torch"], "cython", {"torch": "needs torch"}),
 ])
 def test_a_backend_that_cannot_be_loaded_gives_way_with_a_warning(saved, monkeypatch, asked, absent, used, reasons):
-    for package in ("jax", "flax", *NEEDED["cython"]):
+    for package in ("torch", "jax", "flax", *NEEDED["cython"]):
         pytest.importorskip(package)
     monkeypatch.delenv("GROUNDWAVE_KERNELS", raising=False)
     for module in absent:
@@ -295,9 +295,10 @@ def test_a_backend_that_cannot_be_loaded_gives_way_with_a_warning(saved, monkeyp
 
 
 def test_no_backend_at_all(saved, monkeypatch):
-    for module in ("torch", "jax"):
+    for module in ("torch", "jax", "cython_ext.lam_engine"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"no backend that can be loaded: 'jax': .*needs jax.*'cython': .*needs torch.*'torch': .*needs torch"):
+    reasons = r"'jax': .*needs jax.*'cython': .*needs the compiled kernels.*'torch': .*needs torch"
+    with pytest.raises(ImportError, match=f"no backend that can be loaded: {reasons}"):
         LAM.from_pretrained(saved, backend="jax")
 
 
