@@ -22,7 +22,9 @@ BACKENDS = {
 
 # Model -> backends, each with the compiled kernels that it runs.
 MODELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "grounded_mamba": {"torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": (), "cython": ("dense", "selective_scan", "wkv")},
+    "grounded_mamba": {
+        "torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": (), "cython": ("dense", "selective_scan", "wkv", "mamba_step"),
+    },
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
     "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule", "dense", "lam_engine")},
     "wavecore": {"torch": (), "jax": (), "cython": ("wavecore_engine",)},

@@ -10,7 +10,7 @@ import runtime
 from conf.models import GroundedMambaConfig
 from runtime.init import init_arrays
 
-for kernel in ("dense", "selective_scan", "wkv"):
+for kernel in ("dense", "selective_scan", "wkv", "mamba_step"):
     pytest.importorskip(f"cython_ext.{kernel}")
 
 NAME = "grounded_mamba"
@@ -75,7 +75,7 @@ def test_what_training_needs_is_refused_in_one_line(arrays, ids):
         model.update_memory({})
 
 
-@pytest.mark.parametrize("kernel", ["dense", "selective_scan", "wkv"])
+@pytest.mark.parametrize("kernel", ["dense", "selective_scan", "wkv", "mamba_step"])
 def test_kernels_that_are_not_built(monkeypatch, kernel):
     monkeypatch.setitem(sys.modules, f"cython_ext.{kernel}", None)
     with pytest.raises(ImportError, match=rf"'cython' needs the compiled kernels: .*cython_ext\.{kernel} .*pip install -e \."):
