@@ -23,13 +23,12 @@ from cython.parallel cimport prange, threadid
 
 from cython_ext.algebra cimport multiply, real
 from cython_ext.clones cimport cloned, inlined
-from cython_ext.wkv_parts cimport add_product, add_scaled, add_scaled_product, fade, score, set_product, take_keys, token, wane
+from cython_ext.wkv_parts cimport (
+    ROWS, add_product, add_scaled, add_scaled_product, fade, read_chunk, score, set_product, take_keys, token, wane,
+)
 
 from cython_ext.checks_wkv import wkv_arguments, wkv_step_arguments
 from cython_ext.threads import one_blas_thread, threads_for
-
-cdef enum:
-    ROWS = 8  # tokens of a block inside a chunk
 
 CHUNK = 32  # tokens; at P = 128 the products of a chunk are of the size that OpenBLAS multiplies without packing
 SHORT = 2  # tokens up to which one after another is quicker
@@ -43,32 +42,6 @@ cdef cloned recurrent_head(
     for t in range(r.shape[1]):
         token(&r[sample, t, h, 0], &k[sample, t, h, 0], &v[sample, t, h, 0], &w[h, 0], &u[h, 0], &states[head, 0, 0], &y[sample, t, h, 0],
               r.shape[3], gain)
-
-
-cdef inlined read_chunk(
-    const real[:, :, :, ::1] r, const real[:, :, :, ::1] k, const real[:, :, :, ::1] v, const real[:, ::1] u, const real[:, :, ::1] powers,
-    real[:, :, ::1] keys, real[:, :, ::1] early, real[:, :, ::1] late, real[:, :, ::1] scores, real[:, :, :, ::1] y, Py_ssize_t sample,
-    Py_ssize_t h, Py_ssize_t first, Py_ssize_t n, Py_ssize_t delay, int thread,
-) noexcept nogil:
-    """y += what the n tokens from `first` read of each other and of themselves."""
-    cdef Py_ssize_t p = r.shape[3], size = keys.shape[1], step = r.shape[2] * p, block, low, high, t, s
-    for block in range((n + ROWS - 1) // ROWS):
-        low, high = block * ROWS, min(block * ROWS + ROWS, n)
-        if low:
-            # scores = late @ early.T; y[low:high] += scores @ v[:low]
-            fade(keys, powers, early, h, low, thread)
-            wane(r, powers, late, sample, h, first + low, high - low, delay, thread)
-            multiply(False, True, high - low, low, p, 1, &late[thread, 0, 0], p, &early[thread, 0, 0], p, 0, &scores[thread, 0, 0], size)
-            multiply(False, False, high - low, p, low, 1, &scores[thread, 0, 0], size, &v[sample, first, h, 0], step, 1,
-                     &y[sample, first + low, h, 0], step)
-        for t in range(low, high):
-            # y[t] += sum(score(r[t], keys[s], w ** (t - s - 1 + delay)) * v[s] for s in range(low, t)) + (r * u * k)[t].sum() * v[t]
-            for s in range(low, t):
-                add_scaled(&y[sample, first + t, h, 0],
-                           score(&r[sample, first + t, h, 0], &keys[thread, s, 0], &powers[h, t - s - 1 + delay, 0], p),
-                           &v[sample, first + s, h, 0], p)
-            add_scaled(&y[sample, first + t, h, 0], score(&r[sample, first + t, h, 0], &k[sample, first + t, h, 0], &u[h, 0], p),
-                       &v[sample, first + t, h, 0], p)
 
 
 cdef cloned chunked_head(

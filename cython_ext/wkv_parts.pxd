@@ -1,8 +1,11 @@
-# What the passes of the WKV memory share: one token, and what a chunk's reads and writes are before products are taken. The equations are in
+# What the passes of the WKV memory are made of: one token, and a chunk's reads and writes, before and in its products. The equations are in
 # wkv.pyx. Letters: B batch, L length, H heads, P head width, C chunk.
 
-from cython_ext.algebra cimport LANES, folded, real
+from cython_ext.algebra cimport LANES, folded, multiply, real
 from cython_ext.clones cimport inlined
+
+cdef enum:
+    ROWS = 8  # tokens of a block inside a chunk
 
 
 cdef inline real score(const real* x, const real* y, const real* z, Py_ssize_t n) noexcept nogil:
@@ -108,3 +111,29 @@ cdef inline inlined wane(
     for t in range(n):
         # late[t] = r[first + t] * w ** (t + delay)
         set_product(&late[thread, t, 0], &r[sample, first + t, h, 0], &powers[h, t + delay, 0], r.shape[3])
+
+
+cdef inline inlined read_chunk(
+    const real[:, :, :, ::1] r, const real[:, :, :, ::1] k, const real[:, :, :, ::1] v, const real[:, ::1] u, const real[:, :, ::1] powers,
+    real[:, :, ::1] keys, real[:, :, ::1] early, real[:, :, ::1] late, real[:, :, ::1] scores, real[:, :, :, ::1] y, Py_ssize_t sample,
+    Py_ssize_t h, Py_ssize_t first, Py_ssize_t n, Py_ssize_t delay, int thread,
+) noexcept nogil:
+    """y += what the n tokens from `first` read of each other and of themselves."""
+    cdef Py_ssize_t p = r.shape[3], size = keys.shape[1], step = r.shape[2] * p, block, low, high, t, s
+    for block in range((n + ROWS - 1) // ROWS):
+        low, high = block * ROWS, min(block * ROWS + ROWS, n)
+        if low:
+            # scores = late @ early.T; y[low:high] += scores @ v[:low]
+            fade(keys, powers, early, h, low, thread)
+            wane(r, powers, late, sample, h, first + low, high - low, delay, thread)
+            multiply(False, True, high - low, low, p, 1, &late[thread, 0, 0], p, &early[thread, 0, 0], p, 0, &scores[thread, 0, 0], size)
+            multiply(False, False, high - low, p, low, 1, &scores[thread, 0, 0], size, &v[sample, first, h, 0], step, 1,
+                     &y[sample, first + low, h, 0], step)
+        for t in range(low, high):
+            # y[t] += sum(score(r[t], keys[s], w ** (t - s - 1 + delay)) * v[s] for s in range(low, t)) + (r * u * k)[t].sum() * v[t]
+            for s in range(low, t):
+                add_scaled(&y[sample, first + t, h, 0],
+                           score(&r[sample, first + t, h, 0], &keys[thread, s, 0], &powers[h, t - s - 1 + delay, 0], p),
+                           &v[sample, first + s, h, 0], p)
+            add_scaled(&y[sample, first + t, h, 0], score(&r[sample, first + t, h, 0], &k[sample, first + t, h, 0], &u[h, 0], p),
+                       &v[sample, first + t, h, 0], p)
