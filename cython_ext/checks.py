@@ -34,6 +34,19 @@ def array(name: str, value: Any, letters: Sequence[str], sizes: Mapping[str, int
     return np.array(value, order="C", subok=False)
 
 
+def token_ids(value: Any, vocab_size: int) -> np.ndarray:
+    """`value` as int64 (B, L), copied only where it is not that. Raises ValueError for another dtype or shape, an empty axis, ids out of range."""
+    ids = np.asarray(value)
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"input_ids must be integers, found {ids.dtype}")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(f"input_ids must have shape (batch, length), neither of them 0, found {ids.shape}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids {ids.shape} must lie in [0, {vocab_size}), found {low if low < 0 else high}")
+    return ids.astype(np.int64, copy=False)
+
+
 def _plain(name: str, value: Any) -> None:
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a NumPy array without a mask, found {type(value).__name__}")

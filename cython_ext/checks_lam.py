@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cython_ext.checks import token_ids
+
 _LINEAR = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
 _PER_HEAD = ("b_proj", "fast_decay_proj", "slow_decay_proj", "fast_gate_proj", "slow_gate_proj")
 
@@ -67,17 +69,10 @@ def checked_weights(arrays: Mapping[str, Any], heads: Any, depth: Any, dtype: An
 
 def checked_ids(input_ids: Any, vocab_size: int, max_length: int) -> np.ndarray:
     """`input_ids` as int64 (B, L). Raises ValueError for another dtype, shape or length and for ids out of range."""
-    ids = np.asarray(input_ids)
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"input_ids must be integers, found {ids.dtype}")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(f"input_ids must have shape (batch, length), neither of them 0, found {ids.shape}")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"input_ids {ids.shape} must lie in [0, {vocab_size}), found {low if low < 0 else high}")
+    ids = token_ids(input_ids, vocab_size)
     if ids.shape[1] > max_length:
         raise ValueError(f"input_ids may have at most max_length={max_length} tokens, found {ids.shape[1]}")
-    return ids.astype(np.int64)
+    return ids
 
 
 def checked_lengths(mask: Any, shape: tuple[int, int]) -> np.ndarray:

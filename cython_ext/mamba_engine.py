@@ -20,6 +20,7 @@ import numpy as np
 from numpy import ndarray
 
 from cython_ext import kernel
+from cython_ext.checks import token_ids
 from cython_ext.mamba_block import Block, Sizes, State, Taker
 from cython_ext.packing import pack
 from cython_ext.sampling import sample_token
@@ -79,7 +80,7 @@ class GroundedMambaEngine:
         ids = np.asarray(ids)
         if ids.ndim != 1:
             raise ValueError(f"ids of one token must have shape (batch,), found {ids.shape}")
-        ids = _checked_ids(ids[:, None], self.sizes.vocab_size)
+        ids = token_ids(ids[:, None], self.sizes.vocab_size)
         self._check_states(states, ids.shape[0], written=True)
         if out is None:
             out = np.empty((ids.shape[0], self.sizes.vocab_size), self.dtype)
@@ -97,7 +98,7 @@ class GroundedMambaEngine:
 
     def generate(self, ids: Any, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> ndarray:
         """Continue ids (B, L) by `max_new_tokens` tokens, drawn as on every backend: (B, L + max_new_tokens)."""
-        ids = _checked_ids(np.asarray(ids), self.sizes.vocab_size)
+        ids = token_ids(ids, self.sizes.vocab_size)
         rng, tokens, states, token = np.random.default_rng(seed), [ids], None, None
         for _ in range(operator.index(max_new_tokens)):
             if states is None:
@@ -118,7 +119,7 @@ class GroundedMambaEngine:
 
     def _arguments(self, ids: Any, states: list[State] | None) -> tuple[ndarray, list[State]]:
         """The ids checked, and states that this call may write to."""
-        ids = _checked_ids(np.asarray(ids), self.sizes.vocab_size)
+        ids = token_ids(ids, self.sizes.vocab_size)
         if states is None:
             return ids, self.init_states(ids.shape[0])
         self._check_states(states, ids.shape[0])
@@ -158,14 +159,3 @@ class GroundedMambaEngine:
     def _logits(self, x: ndarray) -> ndarray:
         dense = kernel("dense")
         return dense.linear(dense.layer_norm(x, *self._norm, self.sizes.norm_eps), self._head)
-
-
-def _checked_ids(ids: ndarray, vocab_size: int) -> ndarray:
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"input_ids must be integers, found {ids.dtype}")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(f"input_ids must have shape (batch, length), neither of them 0, found {ids.shape}")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"input_ids {ids.shape} must lie in [0, {vocab_size}), found {low if low < 0 else high}")
-    return ids.astype(np.int64, copy=False)

@@ -172,3 +172,35 @@ def converted(function, arguments):
         return function(value) if isinstance(value, np.ndarray) else value
 
     return {name: convert(value) for name, value in arguments.items()}
+
+
+def poisoned_buffers(monkeypatch):
+    """From here on every buffer that NumPy gives uninitialised is full of NaN; they are listed in what is returned."""
+    poisoned = []
+
+    def poison(array):
+        array.fill(np.nan)
+        poisoned.append(array)
+        return array
+
+    empty, empty_like = np.empty, np.empty_like
+    monkeypatch.setattr(np, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(np, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    return poisoned
+
+
+def central_differences(scalar, inputs, name):
+    """The gradient of `scalar(inputs)` by one array of the dict, by central differences.
+
+    The error is step**2 times a third derivative of order 1, and rounding / step: both near 1e-10.
+    """
+    step, array = 1e-5, inputs[name]
+    numeric = np.empty_like(array)
+    for index in np.ndindex(array.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = array.copy()
+            moved[index] += sign * step
+            ends.append(scalar({**inputs, name: moved}))
+        numeric[index] = (ends[0] - ends[1]) / (2 * step)
+    return numeric

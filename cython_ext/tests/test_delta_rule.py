@@ -11,7 +11,7 @@ import pytest
 
 import cython_ext
 from cython_ext import reference
-from cython_ext.tests.examples import DELTA_SHAPES, converted, delta_arguments, lengths_of, relative
+from cython_ext.tests.examples import DELTA_SHAPES, converted, delta_arguments, lengths_of, poisoned_buffers, relative
 from cython_ext.tests.test_selective_scan import LAYOUTS, same_bits
 from cython_ext.threads import threads_for
 
@@ -319,15 +319,7 @@ def test_nan_propagates_and_stays_in_its_sample(rule, name, value):
 def test_nothing_is_read_from_a_buffer_before_it_is_written(monkeypatch, dtype, initial_state, transform):
     arguments = delta_arguments((3, 2, 40, 6, 16), dtype, initial_state)
     expected = run(KERNEL, arguments, transform=transform)
-    poisoned = []
-
-    def poison(array):
-        array.fill(np.nan)
-        poisoned.append(array)
-        return array
-
-    empty = np.empty
-    monkeypatch.setattr(np, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    poisoned = poisoned_buffers(monkeypatch)
     found = run(KERNEL, arguments, transform=transform)
     assert len(poisoned) >= 10  # o and the states among them
     assert same_bits(found, expected)

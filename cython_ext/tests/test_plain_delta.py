@@ -10,7 +10,7 @@ import pytest
 
 import cython_ext
 from cython_ext import plain_delta, reference
-from cython_ext.tests.examples import PLAIN_SHAPES, plain_arguments, plain_cotangents, relative
+from cython_ext.tests.examples import PLAIN_SHAPES, plain_arguments, plain_cotangents, poisoned_buffers, relative
 from cython_ext.tests.test_selective_scan import LAYOUTS, same_bits
 from cython_ext.threads import threads_for
 
@@ -249,16 +249,7 @@ def test_nothing_is_read_from_a_buffer_before_it_is_written(monkeypatch, dtype, 
     shape = (3, 2, 60, 70)
     arguments, cotangents = plain_arguments(shape, dtype, initial_state), plain_cotangents(shape, dtype)
     expected = run(KERNEL, arguments, cotangents)
-    poisoned = []
-
-    def poison(array):
-        array.fill(np.nan)
-        poisoned.append(array)
-        return array
-
-    empty, empty_like = np.empty, np.empty_like
-    monkeypatch.setattr(np, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(np, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    poisoned = poisoned_buffers(monkeypatch)
     found = run(KERNEL, arguments, cotangents)
     assert len(poisoned) == 14  # o and three buffers; four gradients and six buffers
     assert same_bits(found, expected)

@@ -11,7 +11,7 @@ import pytest
 import cython_ext
 from cython_ext import reference
 from cython_ext.checks import MAX_STATE
-from cython_ext.tests.examples import NAMES, OPTIONS, SHAPES, arguments, cotangent, differences, relative
+from cython_ext.tests.examples import NAMES, OPTIONS, SHAPES, arguments, central_differences, cotangent, differences, poisoned_buffers, relative
 from cython_ext.threads import threads_for
 
 KERNEL = cython_ext.selective_scan
@@ -71,20 +71,15 @@ def test_float32_stays_in_its_band(scan, shape, dt_b, initial_state):
 def test_gradients_equal_finite_differences(scan, shape, dt_b, initial_state):
     inputs, grad = arguments(shape, "float64", dt_b, initial_state), cotangent(shape)
     gradients = dict(zip(NAMES, run(scan, inputs, grad)[1:], strict=True))
-    step = 1e-5  # the error of a central difference is step**2 times a third derivative of order 1, and rounding / step: both near 1e-10
+
+    def scalar(arrays):
+        return (scan.forward(**arrays, eps=EPS) * grad).sum()
+
     for name, array in inputs.items():
         if array is None:
             assert gradients[name] is None
-            continue
-        numeric = np.empty_like(array)
-        for index in np.ndindex(array.shape):
-            ends = []
-            for sign in (1, -1):
-                moved = array.copy()
-                moved[index] += sign * step
-                ends.append((scan.forward(**{**inputs, name: moved}, eps=EPS) * grad).sum())
-            numeric[index] = (ends[0] - ends[1]) / (2 * step)
-        assert relative(gradients[name], numeric) < 1e-7, name
+        else:
+            assert relative(gradients[name], central_differences(scalar, inputs, name)) < 1e-7, name
 
 
 def test_the_equation_by_hand():
@@ -231,16 +226,7 @@ def test_nan_propagates_and_stays_in_its_row(scan, n, dtype, value):
 def test_nothing_is_read_from_an_output_before_it_is_written(monkeypatch, n, dtype):
     inputs, grad = arguments((3, 9, n), dtype), cotangent((3, 9, n), dtype)
     expected = run(KERNEL, inputs, grad)
-    poisoned = []
-
-    def poison(array):
-        array.fill(np.nan)
-        poisoned.append(array)
-        return array
-
-    empty, empty_like = np.empty, np.empty_like
-    monkeypatch.setattr(np, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(np, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    poisoned = poisoned_buffers(monkeypatch)
     found = run(KERNEL, inputs, grad)
     assert len(poisoned) >= 5  # states, and the gradients of update, dt_a, dt_b and initial_state
     assert same_bits(found, expected)

@@ -12,7 +12,7 @@ import pytest
 
 import cython_ext
 from cython_ext import reference
-from cython_ext.tests.examples import WKV_NAMES, WKV_SHAPES, relative, wkv_arguments, wkv_cotangents
+from cython_ext.tests.examples import WKV_NAMES, WKV_SHAPES, central_differences, poisoned_buffers, relative, wkv_arguments, wkv_cotangents
 from cython_ext.tests.test_selective_scan import LAYOUTS, same_bits
 from cython_ext.threads import threads_for
 
@@ -82,21 +82,16 @@ def test_float32_stays_in_its_band(wkv, shape, time_first, decay):
 def test_gradients_equal_finite_differences(wkv, shape, initial_state, time_first):
     inputs, gradients = wkv_arguments(shape, "float64", initial_state, "direct"), wkv_cotangents(shape)
     found = dict(zip(WKV_NAMES, run(wkv, inputs, gradients, time_first)[2:], strict=True))
-    step = 1e-5  # the error of a central difference is step**2 times a third derivative of order 1, and rounding / step: both near 1e-10
+
+    def scalar(arrays):
+        outputs = wkv.forward(**arrays, time_first=time_first)
+        return sum((part * gradient).sum() for part, gradient in zip(outputs, gradients, strict=True))
+
     for name, array in inputs.items():
         if array is None:
             assert found[name] is None
-            continue
-        numeric = np.empty_like(array)
-        for index in np.ndindex(array.shape):
-            ends = []
-            for sign in (1, -1):
-                moved = array.copy()
-                moved[index] += sign * step
-                outputs = wkv.forward(**{**inputs, name: moved}, time_first=time_first)
-                ends.append(sum((part * gradient).sum() for part, gradient in zip(outputs, gradients, strict=True)))
-            numeric[index] = (ends[0] - ends[1]) / (2 * step)
-        assert relative(found[name], numeric) < 1e-7, name
+        else:
+            assert relative(found[name], central_differences(scalar, inputs, name)) < 1e-7, name
 
 
 @BOTH
@@ -322,16 +317,7 @@ def test_nan_stays_in_its_head_and_out_of_the_past(wkv, dtype, value, time_first
 def test_nothing_is_read_from_an_output_before_it_is_written(monkeypatch, length, dtype):
     cases = [(wkv_arguments((3, length, 2, 9), dtype, initial_state), wkv_cotangents((3, length, 2, 9), dtype)) for initial_state in (True, False)]
     expected = [run(KERNEL, *case, time_first) for case in cases for time_first in ("bonus", "gain")]
-    poisoned = []
-
-    def poison(array):
-        array.fill(np.nan)
-        poisoned.append(array)
-        return array
-
-    empty, empty_like = np.empty, np.empty_like
-    monkeypatch.setattr(np, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(np, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    poisoned = poisoned_buffers(monkeypatch)
     found = [run(KERNEL, *case, time_first) for case in cases for time_first in ("bonus", "gain")]
     assert len(poisoned) >= 4 * 17  # y, and every gradient and buffer of the way back
     assert all(map(same_bits, found, expected))
