@@ -49,15 +49,23 @@ def log(metrics: TextIO, tracker: Tracker, step: int, values: Mapping[str, float
 
 
 def checkpoint(folder: Path, step: int, keep: int, save: Callable[[Path], None]) -> None:
-    """A saved model under the run's folder: written by `save` under another name, then renamed; all but the newest `keep` are dropped."""
+    """A saved model of `step` under the run's folder; all but the newest `keep` are dropped. Raises RunError if that fails."""
     root = folder / CHECKPOINTS
-    temporary, target = root / f".writing-{step:08d}", root / f"step-{step:08d}"
+    whole(root / f"step-{step:08d}", save)
+    for old in sorted(root.glob("step-*"))[:-keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise RunError(f"checkpoint: cannot drop {old}: {error.strerror or error}") from error
+
+
+def whole(target: Path, save: Callable[[Path], None]) -> None:
+    """The folder `target`, written by `save` under another name, then renamed. Raises RunError if it cannot be written."""
+    temporary = target.with_name(f".writing-{target.name}")
     try:
-        root.mkdir(exist_ok=True)
+        target.parent.mkdir(exist_ok=True)
         save(temporary)
         os.rename(temporary, target)
-        for old in sorted(root.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
     except OSError as error:
         raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
 

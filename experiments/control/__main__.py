@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.control.run import main
+from experiments.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["control", *sys.argv[1:]]))

@@ -11,19 +11,28 @@ here is not told rewards, in the environment or out of it. Letters: B environmen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from conf.control_schema import ControlEvaluationConfig
+from conf.models import WaveCoreConfig
 from experiments.control.dataset import Statistics
 from experiments.control.environments import Environment
 from experiments.control.rollouts import Episodes, one_hot
 
 EVALUATION_SEED, FORECAST_SEED = 0, 10_000  # the first of each; the seeds of recorded episodes begin at `dataset.FIRST_SEED`
 STATES = {"s": "fast_state", "w": "wave_state", "p": "particle_state"}
+
+
+def saturated(states: Mapping[str, np.ndarray], config: WaveCoreConfig) -> dict[str, float]:
+    """Share of the entries of each state that sit at the limit; 0 where there is none."""
+    limit = config.state_saturation_limit or math.inf
+    return {name: float((np.abs(value) >= limit).mean()) for name, value in states.items()}
 
 
 class CorePolicy:
@@ -34,8 +43,7 @@ class CorePolicy:
         self._model, self._statistics, self._record = model, statistics, record
         self._dtype = np.dtype(model.dtype)
         self._state: Any = None
-        self._limit = model.config.state_saturation_limit
-        self.saturated: list[dict[str, np.ndarray]] = []  # per step, by state: share (B,) of entries at the limit
+        self.saturated: list[dict[str, float]] = []  # per step, by state: share of entries at the limit
         self.thoughts: list[dict[str, Any]] = []  # per step, of environment 0: s, w, p, attention by level, value
 
     def start(self, seeds: Sequence[int]) -> None:
@@ -47,18 +55,15 @@ class CorePolicy:
         inputs = self._statistics.observations(observations), previous_actions, self._statistics.rewards(rewards)
         y, self._state, info = self._model.step(self._state, *(np.asarray(part, dtype=self._dtype) for part in inputs))
         states = {name: np.asarray(info[key]) for name, key in STATES.items()}
-        if self._limit:
-            self.saturated.append({name: (np.abs(value) >= self._limit).mean(-1) for name, value in states.items()})
+        self.saturated.append(saturated(states, self._model.config))
         if self._record:
             attention = [np.asarray(level)[0] for level in info["attention_weights"]]
             self.thoughts.append({name: value[0] for name, value in states.items()} | {"attention": attention, "value": float(info["value"][0, 0])})
         return np.asarray(y)
 
     def saturation(self, step: int) -> dict[str, float]:
-        """Share of the entries of s, w and p at the limit after `step` steps, or after the last one; mean over the environments."""
-        if not self.saturated:
-            return dict.fromkeys(STATES, 0.0)
-        return {name: float(share.mean()) for name, share in self.saturated[min(step, len(self.saturated)) - 1].items()}
+        """Share of the entries of s, w and p at the limit after `step` steps, or after the last one; over all environments."""
+        return self.saturated[min(step, len(self.saturated)) - 1]
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,7 @@ class _Streams:
 
     def copy(self) -> _Streams:
         """Both streams as they are now; states are never written in place."""
-        other = object.__new__(_Streams)
-        other.__dict__.update(self.__dict__)
-        return other
+        return copy.copy(self)
 
     def advance(self, observation: np.ndarray) -> np.ndarray:
         """The policy acts on (B, O), the world model says what follows (B, O)."""

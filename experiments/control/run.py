@@ -13,7 +13,6 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,13 +26,13 @@ from conf.control_schema import ControlConfig
 from experiments import environment, report, schedule, trackers
 from experiments.control import dataset, pictures, steps, streams, summary
 from experiments.control.environments import Environment, open_environment
-from experiments.control.evaluation import EVALUATION_SEED, FORECAST_SEED, CorePolicy, Forecast, forecast
+from experiments.control.evaluation import EVALUATION_SEED, FORECAST_SEED, CorePolicy, Forecast, forecast, saturated
 from experiments.control.experts import expert_for
 from experiments.control.rollouts import Episodes, Random, Scripted, run_episodes
 from experiments.control.stability import exponents
 from experiments.control.windows import Rows, Windows
 from experiments.errors import RunError
-from experiments.folder import CHECKPOINTS, METRICS, checkpoint, describe, how_to_look, log, progress_bar
+from experiments.folder import CHECKPOINTS, METRICS, checkpoint, describe, how_to_look, log, progress_bar, whole
 from experiments.monitors.memory import peak_bytes
 from experiments.trackers import Tracker
 from runtime.build import check_backend
@@ -155,7 +154,8 @@ def _loop(state: Control, tracker: Tracker, console: Console) -> float:
             state.losses.append(float(f"{figures['loss']:.6g}"))
             values: dict[str, float] = {}
             if done % config.training.log_every == 0 or done == last:
-                values = {f"train/{name}": value for name, value in figures.items()} | {"rate": rate} | _saturated(state)
+                values = {f"train/{name}": value for name, value in figures.items()} | {"rate": rate}
+                values |= {f"saturated/{name}": share for name, share in saturated(state.step.carried_states(), config.model).items()}
                 values |= {"time/steps_per_second": done / seconds, "memory/peak_bytes": float(peak_bytes())}
             if done % config.evaluation.every == 0 and done < last:
                 values |= _validate(state)
@@ -221,7 +221,7 @@ def _conclude(
     final = {f"final/{name}": value for name, value in after.items()} | {"final/fraction": found["returns"]["fraction"]}
     with open(state.folder / METRICS, "a", encoding="utf-8") as metrics:
         log(metrics, tracker, last, final | {name: value for name, value in after.items() if name.startswith("validation/")})
-    _save(state, state.folder / MODEL, step=last, after=after)
+    whole(state.folder / MODEL, partial(_save, state, step=last, after=after))
     for name, path in _pictures(state, forecast_before, foreseen).items():
         tracker.image(name, path, last)
     tracker.table("returns", ["policy", "return"], [[name, found["returns"][name]] for name in ("random", "untrained", "policy", "expert")], last)
@@ -271,11 +271,6 @@ def _save(state: Control, target: Path, *, step: int, after: dict[str, float]) -
     (target / CONTROL).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def _saturated(state: Control) -> dict[str, float]:
-    limit = state.config.model.state_saturation_limit or math.inf
-    return {f"saturated/{name}": float((np.abs(value) >= limit).mean()) for name, value in state.step.carried_states().items()}
-
-
 def _check_finite(figures: dict[str, float], step: int) -> None:
     wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
     if wrong:
@@ -300,10 +295,3 @@ def _how_to_look(console: Console, state: Control, tracker: Tracker) -> None:
         ("the core", f"runtime.load_core('{folder / MODEL}', backend='{state.config.backend.name}')"),
     ]
     how_to_look(console, tracker, places)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`python -m experiments.control`."""
-    from experiments.cli import main as groundwave
-
-    return groundwave(["control", *arguments])

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 
 import runtime
 from conf.control_schema import ControlEvaluationConfig
@@ -101,9 +100,7 @@ def core(backend: str = "torch", **fields: Any) -> Any:
 def test_a_core_as_policy_carries_its_state_and_counts_what_is_at_the_limit() -> None:
     model = core(state_saturation_limit=0.5)
     policy = CorePolicy(model, STATISTICS, record=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Linear, "max_steps", 9)
-        episodes = run_episodes([Linear(life=9), Linear(life=9)], policy, [3, 4])
+    episodes = run_episodes([Linear(life=9), Linear(life=9)], policy, [3, 4])
     assert len(policy.thoughts) == len(policy.saturated) == 9
     assert policy.thoughts[0]["attention"][1].shape == (7,) and policy.thoughts[0]["s"].shape == (11,)
     state = model.init_state(1)
@@ -112,16 +109,13 @@ def test_a_core_as_policy_carries_its_state_and_counts_what_is_at_the_limit() ->
         y, state, info = model.step(state, x[t : t + 1], a[t : t + 1], r[t : t + 1])
         np.testing.assert_allclose(y[0], episodes.targets[t], rtol=1e-6)  # float32 in the record
         np.testing.assert_allclose(info["fast_state"][0], policy.thoughts[t]["s"], rtol=1e-6, atol=1e-9)
-    found = policy.saturation(100)
-    assert found["s"] == np.mean([np.mean(np.abs(state_s) >= 0.5) for state_s in _last(policy, episodes, model)])
-    assert 0 < found["s"] <= 1 and CorePolicy(core(state_saturation_limit=0.0), STATISTICS).saturation(3) == {"s": 0.0, "w": 0.0, "p": 0.0}
-
-
-def _last(policy: CorePolicy, episodes: Any, model: Any) -> list[np.ndarray]:
-    """s after the last step of both episodes, by a rollout of both."""
     both = [back_to_back(episodes, STATISTICS, episode, 9, "float64") for episode in (0, 1)]
     _, _, info = model.rollout(model.init_state(2), *(np.stack(parts, 1) for parts in zip(*both, strict=True)))
-    return list(info["fast_state"][-1])
+    found = policy.saturation(100)
+    assert found["s"] == np.mean(np.abs(info["fast_state"][-1]) >= 0.5) and 0 < found["s"] <= 1
+    free = CorePolicy(core(state_saturation_limit=0.0), STATISTICS)
+    run_episodes([Linear(life=3)], free, [3])
+    assert free.saturation(3) == {"s": 0.0, "w": 0.0, "p": 0.0}
 
 
 def test_successive_episodes_are_one_rollout_that_goes_round() -> None:

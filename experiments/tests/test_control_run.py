@@ -66,7 +66,7 @@ def test_both_frameworks_run_the_same_curve_from_the_same_weights(runs: dict[str
                 np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, err_msg=name)
     before = [json.loads((folder / "summary.json").read_text())["before"] for folder in runs.values()]
     assert before[0].keys() == before[1].keys()
-    np.testing.assert_allclose(before[0]["return"], before[1]["return"], rtol=1e-3)  # a swinging pendulum amplifies rounding
+    np.testing.assert_allclose(before[0]["return"], before[1]["return"], rtol=1e-3)  # a pendulum amplifies rounding over 200 steps: 5e-6 seen
 
 
 def test_the_saved_core_loads_on_either_backend_and_proves_what_it_learned(runs: dict[str, Path]) -> None:
