@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ENGINES = {("grounded_mamba", "cython"), ("lam", "cython"), ("wavecore", "cython")}  # what runs with no framework in the process
 _REFUSED = {
-    ("wavecore", "torch_compiled"): ": WaveCore has no compiled kernel",
+    ("wavecore", "torch_compiled"): ": WaveCore has no compiled op in torch",
 }
 
 

@@ -348,6 +348,6 @@ def test_configurations_and_widths_that_do_not_belong(core_config):
 
 
 def test_a_backend_that_does_not_run_it(core_config):
-    message = "backend of 'wavecore' must be one of 'torch', 'jax', 'cython', found 'torch_compiled': WaveCore has no compiled kernel$"
+    message = "backend of 'wavecore' must be one of 'torch', 'jax', 'cython', found 'torch_compiled': WaveCore has no compiled op in torch$"
     with pytest.raises(ValueError, match=message):
         runtime.build(NAME, core_config, "torch_compiled")
