@@ -30,7 +30,8 @@ def read_arguments(query: Any, memory: Any, keys: Any, scale: Any) -> tuple[np.n
 def write_arguments(
     memory: Any, keys: Any, norms: Any, scale: Any, value: Any, key: Any, gate: Any, decay: Any, rule: Any, threshold: Any, chosen: Any
 ) -> tuple[Any, ...]:
-    """The arguments of a write with a batch axis: arrays, 1 - decay, the number of the rule, and rows (-1: by the rule) and open, as int64.
+    """The arguments of a write with a batch axis: arrays, 1 - decay, the number of the rule, its threshold, and rows (-1: by the rule) and
+    open, as int64.
 
     memory, keys, norms and scale are those that were given, or views of them.
     """
@@ -45,15 +46,54 @@ def write_arguments(
     named = (("value", value, "d"), ("key", key, "d_k"), ("gate", gate, "1"))
     # copies: they may be rows of the memory itself
     new = [np.array(_fitting(name, given, [*batch, axis], sizes, dtype), order="C") for name, given, axis in named]
+    options = _options(decay, rule, threshold, chosen, batch, sizes)
+    arrays = [memory, keys, norms, *new]
+    if not batch:
+        arrays = [None if part is None else part[None] for part in arrays]
+    return *arrays, *options
+
+
+def read_back_arguments(
+    grad_attention: Any, grad_content: Any, query: Any, memory: Any, keys: Any, scale: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, bool]:
+    """The gradients with a batch axis, then what `read_arguments` gives."""
+    query, memory, keys, scale, batched = read_arguments(query, memory, keys, scale)
+    batch, sizes = ["B"] if batched else [], dict(zip(("B", "n", "d"), memory.shape, strict=True))
+    named = (("grad_attention", grad_attention, "n"), ("grad_content", grad_content, "d"))
+    gradients = [array(name, value, [*batch, axis], sizes, memory.dtype) for name, value, axis in named]
+    return *(gradients if batched else [value[None] for value in gradients]), query, memory, keys, scale, batched
+
+
+def write_back_arguments(
+    grad_memory: Any, grad_keys: Any, memory: Any, keys: Any, norms: Any, scale: Any, value: Any, key: Any, gate: Any, decay: Any, rule: Any,
+    threshold: Any, chosen: Any,
+) -> tuple[tuple[Any, ...], bool]:
+    """The arguments of the way back through a write, as `write_arguments` gives them: both gradients, memory, keys, norms, the scale as a float (1
+    where it is None), value and so on; and whether there was a batch axis."""
+    memory, sizes, batch = _memory(memory, keys)
+    sizes["1"] = 1
+    given = {
+        "grad_memory": (grad_memory, "n", "d"), "grad_keys": (grad_keys, "n", "d_k"), "keys": (keys, "n", "d_k"), "norms": (norms, "n"),
+        "value": (value, "d"), "key": (key, "d_k"), "gate": (gate, "1"),
+    }
+    if scale is None:
+        del given["norms"]
+    found = {name: _fitting(name, part, [*batch, *axes], sizes, memory.dtype) for name, (part, *axes) in given.items()}
+    factor = 1.0 if scale is None else array("scale", scale, "", {}, memory.dtype).item()
+    options = _options(decay, rule, threshold, chosen, batch, sizes)
+    found = {name: part if batch else part[None] for name, part in ({"memory": memory} | found).items()}
+    front = [found.get(name) for name in ("grad_memory", "grad_keys", "memory", "keys", "norms")]
+    return (*front, factor, *(found[name] for name in ("value", "key", "gate")), *options), bool(batch)
+
+
+def _options(decay: Any, rule: Any, threshold: Any, chosen: Any, batch: list[str], sizes: dict[str, int]) -> tuple[Any, ...]:
+    """1 - decay, the number of the rule, its threshold, and rows and open as `_chosen` gives them."""
     for name, number, low, high in (("decay", decay, 0.0, 1.0), ("threshold", threshold, -1.0, 2.0)):
         if isinstance(number, bool) or not isinstance(number, (int, float, np.floating)) or not low < number < high:
             raise ValueError(f"{name} must lie in ({low:g}, {high:g}), found {number!r}")
     if rule not in RULES:
         raise ValueError(f"rule must be {' or '.join(map(repr, RULES))}, found {rule!r}")
-    arrays = [memory, keys, norms, *new]
-    if not batch:
-        arrays = [None if part is None else part[None] for part in arrays]
-    return (*arrays, 1.0 - float(decay), RULES.index(rule), *_chosen(chosen, batch, sizes))
+    return 1.0 - float(decay), RULES.index(rule), threshold, *_chosen(chosen, batch, sizes)
 
 
 def _memory(memory: Any, keys: Any) -> tuple[np.ndarray, dict[str, int], list[str]]:
@@ -103,3 +143,10 @@ def wave_arguments(letters: str, u: Any, carry: Any, dt: Any, b: Any, c: Any, a_
     axes = {"carry": "BIS", "dt": letters, "b": letters, "c": letters, "a_raw": "IS", "b_base": "IS", "c_base": "IS", "d": "I"}
     given = zip(axes.items(), (carry, dt, b, c, a_raw, b_base, c_base, d), strict=True)
     return [u, *(array(name, value, spelled, sizes, u.dtype) for (name, spelled), value in given)]
+
+
+def wave_back_arguments(letters: str, grad_y: Any, grad_h: Any, u: Any, *rest: Any) -> list[np.ndarray]:
+    """The gradients of y and of the last h, then what `wave_arguments` gives."""
+    u, carry, *rest = wave_arguments(letters, u, *rest)
+    sizes = dict(zip(letters, u.shape, strict=True)) | {"S": carry.shape[2]}
+    return [array("grad_y", grad_y, letters, sizes, u.dtype), array("grad_h", grad_h, "BIS", sizes, u.dtype), u, carry, *rest]
