@@ -76,7 +76,8 @@ setup(
         Extension(
             f"cython_ext.{name}",
             [f"cython_ext/{name}.pyx"],
-            depends=sorted(glob("cython_ext/*.pxd")),
+            depends=sorted(glob("cython_ext/*.pxd") + glob("cython_ext/*.h")),
+            include_dirs=["cython_ext"],
             extra_compile_args=DEBUG_FLAGS if DEBUG else RELEASE_FLAGS,
             extra_link_args=["-fopenmp"],
         )

@@ -1,7 +1,7 @@
 # What an engine calls of the dense kernels: C functions on pointers, compiled once per processor kind in dense.pyx, which allocate nothing.
 #
 # Every thread of a parallel region calls `linear_layer` with its own `part` of `parts`; which thread computes a block changes none of its bits.
-# A matrix product of several rows calls BLAS, which the caller keeps to one thread. `x` and `y` are rows `step` entries apart.
+# A product of several rows may call BLAS, which the caller keeps to one thread. `x` and `y` are rows `step` entries apart.
 
 from libc.stdint cimport uint32_t
 

@@ -4,8 +4,8 @@
     rms_norm x / sqrt(mean(x^2) + eps) * weight             l2norm       x / max(|x|, 1e-12)
 
 One row is multiplied by a matrix in blocks of columns, each read once from top to bottom, so that memory bandwidth is all that it waits for;
-several rows go through BLAS, a block at a time. Blocks are cut by shape alone and BLAS keeps to one thread: no result depends on the number of
-threads. Letters: B batch, L length, D width, K kernel; I inputs, O outputs of a linear layer.
+several rows are multiplied by a block in registers (tiles.h) or, on a processor without AVX2, through BLAS on one thread. Blocks are cut by
+shape alone: no result depends on the number of threads. Letters: B batch, L length, D width, K kernel; I inputs, O outputs of a linear layer.
 """
 
 from contextlib import nullcontext
@@ -18,15 +18,17 @@ from openmp cimport omp_get_num_threads
 
 from cython_ext.algebra cimport dot, inverse_norm, multiply, real, root
 from cython_ext.clones cimport cloned, inlined
-from cython_ext.dense_parts cimport accumulate, activated, finish, one_row, total, widen, width_of
-from cython_ext.functions cimport exponential
+from cython_ext.dense_parts cimport (
+    TILE_NONE, accumulate, activated, averaged, convolved, finish, layer_normed, one_row, several_rows, softmaxed, tile_best, tile_choose, tile_kind,
+    widen, width_of,
+)
 
 from cython_ext.checks_dense import conv_arguments, dense_array, flat_rows, linear_arguments, mean_arguments, norm_arguments, widened
 from cython_ext.threads import one_blas_thread, threads_for
 
 cdef enum:
     SINGLE = 2  # one row is multiplied here: BLAS would copy the matrix first
-    TILE = 256  # rows of one call of BLAS
+    TILE = 256  # rows of a block
     ENTRIES = 4096  # of a block of an array that is taken entry by entry
 
 
@@ -37,7 +39,7 @@ cdef cloned block_of_rows(
     """The n outputs of the block that begins at `column`, of some rows."""
     cdef Py_ssize_t row, inputs = layer.inputs, k
     cdef const real* bias = <const real*> layer.bias
-    cdef const real* matrix
+    cdef const void* matrix
     if layer.storage == TURNED:
         # y = activation(x @ W.T + b)
         for row in range(rows):
@@ -49,13 +51,16 @@ cdef cloned block_of_rows(
         for row in range(rows):
             one_row(layer, column, x + row * step_x, y + row * step_y + column, n, activation)
         return
-    matrix = <const real*> layer.weight + column * inputs
+    matrix = <const void*> (<const char*> layer.weight + column * inputs * (2 if layer.storage == HALF else sizeof(real)))
+    if tile_kind() != TILE_NONE:
+        several_rows(layer, matrix, column, n, rows, x, step_x, y, step_y, activation)
+        return
     if real is float:
         if layer.storage == HALF:
-            widen(<const uint32_t*> layer.weight + column // 2 * inputs, inputs, scratch)
+            widen(<const uint32_t*> matrix, inputs, scratch)
             matrix = scratch
     # y = activation(x @ W + b)
-    multiply(False, False, rows, n, inputs, <real> 1, x, step_x, matrix, width_of(y), <real> 0, y + column, step_y)
+    multiply(False, False, rows, n, inputs, <real> 1, x, step_x, <const real*> matrix, width_of(y), <real> 0, y + column, step_y)
     for row in range(rows):
         finish(y + row * step_y + column, bias, column, n, activation)
 
@@ -104,19 +109,7 @@ cdef void activate(real* x, Py_ssize_t n, int activation) noexcept nogil:
 
 
 cdef cloned layer_norm_row(const real* x, Py_ssize_t n, const real* weight, const real* bias, real eps, int activation, real* out) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef real mean = total(x, n) / n, scale
-    # out = x - x.mean(); out = out / np.sqrt((out**2).mean() + eps) * weight + bias
-    for i in range(n):
-        out[i] = x[i] - mean
-    scale = 1 / root(dot(out, out, n) / n + eps)
-    if weight is NULL:
-        for i in range(n):
-            out[i] *= scale
-    else:
-        for i in range(n):
-            out[i] = out[i] * scale * weight[i]
-    finish(out, bias, 0, n, activation)
+    layer_normed(x, n, weight, bias, eps, activation, out)
 
 
 cdef void layer_norms(
@@ -142,16 +135,7 @@ cdef void rms_norms(const real* x, Py_ssize_t rows, Py_ssize_t n, const real* we
 
 
 cdef cloned softmax_row(real* x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef real most = x[0], by
-    # x = np.exp(x - x.max()); x = x / x.sum()
-    for i in range(1, n):
-        most = x[i] if x[i] > most else most
-    for i in range(n):
-        exponential(x[i] - most, &x[i])
-    by = total(x, n)
-    for i in range(n):
-        x[i] /= by
+    softmaxed(x, n)
 
 
 cdef void softmax(real* x, Py_ssize_t n) noexcept nogil:
@@ -173,15 +157,7 @@ cdef void l2norms(const real* x, Py_ssize_t rows, Py_ssize_t n, real* out) noexc
 
 
 cdef cloned mean_rows_cloned(const real* x, Py_ssize_t length, Py_ssize_t width, real* out) noexcept nogil:
-    cdef Py_ssize_t t, i
-    # out = x[:length].sum(0) / length
-    for i in range(width):
-        out[i] = x[i]
-    for t in range(1, length):
-        for i in range(width):
-            out[i] += x[t * width + i]
-    for i in range(width):
-        out[i] /= length
+    averaged(x, length, width, out)
 
 
 cdef void mean_rows(const real* x, Py_ssize_t length, Py_ssize_t width, real* out) noexcept nogil:
@@ -192,17 +168,7 @@ cdef cloned convolve_cloned(
     const real* x, const real* taps, const real* bias, Py_ssize_t length, Py_ssize_t width, Py_ssize_t kernel, Py_ssize_t left, int activation,
     real* out,
 ) noexcept nogil:
-    cdef Py_ssize_t t, j, i, source
-    # out[t] = activation(bias + sum(taps[j] * x[t + j - left] for j in range(kernel)))
-    for t in range(length):
-        for i in range(width):
-            out[t * width + i] = bias[i]
-        for j in range(kernel):
-            source = t + j - left
-            if 0 <= source < length:
-                for i in range(width):
-                    out[t * width + i] += taps[j * width + i] * x[source * width + i]
-        activated(out + t * width, width, activation)
+    convolved(x, taps, bias, length, width, kernel, left, activation, out)
 
 
 cdef void convolve(
@@ -219,6 +185,20 @@ cdef Linear described(object packed, object bias):
     layer.bias = <const void*> <size_t> (0 if bias is None else bias.__array_interface__["data"][0])
     layer.inputs, layer.outputs, layer.storage = packed.inputs, packed.outputs, packed.storage
     return layer
+
+
+def instructions(name=None):
+    """What multiplies several rows: "avx512", "avx2" or, where the processor has neither, "blas".
+
+    `name` sets it, for this process, to one that the processor has: for tests and measurements. The first two give the same bits. Raises
+    ValueError for another name.
+    """
+    kinds = ("blas", "avx2", "avx512")[: tile_best() + 1]
+    if name is not None:
+        if name not in kinds:
+            raise ValueError(f"instructions must be one of {', '.join(map(repr, kinds))} on this processor, found {name!r}")
+        tile_choose(kinds.index(name))
+    return kinds[tile_kind()]
 
 
 cdef linear_rows(const real[:, ::1] x, Linear layer, int activation, real[:, ::1] y, real[:, ::1] scratch, int threads):

@@ -1,12 +1,22 @@
-# What the blocks of the dense kernels are made of: one row times a block of columns, activations, a sum. All of them go into their callers,
+# What the blocks of the dense kernels are made of: rows times a block of columns, activations, norms, sums. All of them go into their callers,
 # and so into each clone. The layouts of weights are in dense.pxd.
 
 from libc.stdint cimport uint32_t
 
-from cython_ext.algebra cimport LANES, folded, real
+from cython_ext.algebra cimport LANES, dot, folded, real, root
 from cython_ext.clones cimport inlined
 from cython_ext.dense cimport GELU, HALF, RELU, SIGMOID, SILU, SOFTPLUS, TANH, WIDTH, Linear
 from cython_ext.functions cimport Word, exponential, gaussian_unit, hyperbolic_tangent, logistic, softplus
+
+cdef extern from "tiles.h":
+    const int TILE_ROWS, TILE_NONE
+    int tile_best() noexcept nogil
+    int tile_kind() noexcept nogil
+    void tile_choose(int kind) noexcept nogil
+    int tile_rows(size_t apart) noexcept nogil
+    int tile_float(int half, int rows, Py_ssize_t columns, Py_ssize_t inner, const float* a, Py_ssize_t step, const void* block,
+                   float* out) noexcept nogil
+    int tile_double(int rows, Py_ssize_t columns, Py_ssize_t inner, const double* a, Py_ssize_t step, const void* block, double* out) noexcept nogil
 
 
 cdef inline real total(const real* x, Py_ssize_t n) noexcept nogil:
@@ -107,6 +117,28 @@ cdef inline inlined finish(real* y, const real* bias, Py_ssize_t column, Py_ssiz
     activated(y, n, activation)
 
 
+cdef inline inlined finish_tile(
+    real* tile, const real* bias, Py_ssize_t column, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t width, int activation, real* y, Py_ssize_t step,
+) noexcept nogil:
+    """y = activation(tile + bias), n columns of each of the rows; a whole tile of `width` columns goes through the activation at once."""
+    cdef Py_ssize_t row, i
+    if bias is not NULL:
+        # tile = tile + bias
+        for row in range(rows):
+            for i in range(n):
+                tile[row * width + i] += bias[column + i]
+    # tile = activation(tile)
+    if n == width:
+        activated(tile, rows * width, activation)
+    else:
+        for row in range(rows):
+            activated(tile + row * width, n, activation)
+    # y = tile[:, :n]
+    for row in range(rows):
+        for i in range(n):
+            y[row * step + i] = tile[row * width + i]
+
+
 cdef inline inlined one_row(const Linear* layer, Py_ssize_t column, const real* x, real* y, Py_ssize_t n, int activation) noexcept nogil:
     """y = activation(x @ W + b) for the n outputs of the block that begins at `column`."""
     cdef real lane[WIDTH]
@@ -121,3 +153,80 @@ cdef inline inlined one_row(const Linear* layer, Py_ssize_t column, const real* 
     for k in range(n):
         y[k] = lane[k]
     finish(y, <const real*> layer.bias, column, n, activation)
+
+
+cdef inline inlined several_rows(
+    const Linear* layer, const void* matrix, Py_ssize_t column, Py_ssize_t n, Py_ssize_t rows, const real* x, Py_ssize_t step_x, real* y,
+    Py_ssize_t step_y, int activation,
+) noexcept nogil:
+    """y = activation(x @ W + b) of some rows for the n outputs of the block `matrix` that begins at `column`."""
+    cdef real tile[TILE_ROWS * WIDTH]
+    cdef Py_ssize_t inputs = layer.inputs, groups = (rows - 1) // tile_rows(step_x * sizeof(real)) + 1, group, row, some
+    for group in range(groups):
+        row, some = group * rows // groups, (group + 1) * rows // groups - group * rows // groups
+        # tile = x[row : row + some] @ W; y[row : row + some] = activation(tile + b)
+        if real is float:
+            tile_float(layer.storage == HALF, some, n, inputs, x + row * step_x, step_x, matrix, tile)
+        else:
+            tile_double(some, n, inputs, x + row * step_x, step_x, matrix, tile)
+        finish_tile(tile, <const real*> layer.bias, column, some, n, width_of(y), activation, y + row * step_y + column, step_y)
+
+
+cdef inline inlined convolved(
+    const real* x, const real* taps, const real* bias, Py_ssize_t length, Py_ssize_t width, Py_ssize_t kernel, Py_ssize_t left, int activation,
+    real* out,
+) noexcept nogil:
+    cdef Py_ssize_t t, j, i, source
+    # out[t] = activation(bias + sum(taps[j] * x[t + j - left] for j in range(kernel)))
+    for t in range(length):
+        for i in range(width):
+            out[t * width + i] = bias[i]
+        for j in range(kernel):
+            source = t + j - left
+            if 0 <= source < length:
+                for i in range(width):
+                    out[t * width + i] += taps[j * width + i] * x[source * width + i]
+        activated(out + t * width, width, activation)
+
+
+cdef inline inlined layer_normed(
+    const real* x, Py_ssize_t n, const real* weight, const real* bias, real eps, int activation, real* out,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef real mean = total(x, n) / n, scale
+    # out = x - x.mean(); out = out / np.sqrt((out**2).mean() + eps) * weight + bias
+    for i in range(n):
+        out[i] = x[i] - mean
+    scale = 1 / root(dot(out, out, n) / n + eps)
+    if weight is NULL:
+        for i in range(n):
+            out[i] *= scale
+    else:
+        for i in range(n):
+            out[i] = out[i] * scale * weight[i]
+    finish(out, bias, 0, n, activation)
+
+
+cdef inline inlined softmaxed(real* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef real most = x[0], by
+    # x = np.exp(x - x.max()); x = x / x.sum()
+    for i in range(1, n):
+        most = x[i] if x[i] > most else most
+    for i in range(n):
+        exponential(x[i] - most, &x[i])
+    by = total(x, n)
+    for i in range(n):
+        x[i] /= by
+
+
+cdef inline inlined averaged(const real* x, Py_ssize_t length, Py_ssize_t width, real* out) noexcept nogil:
+    cdef Py_ssize_t t, i
+    # out = x[:length].sum(0) / length
+    for i in range(width):
+        out[i] = x[i]
+    for t in range(1, length):
+        for i in range(width):
+            out[i] += x[t * width + i]
+    for i in range(width):
+        out[i] /= length

@@ -64,6 +64,29 @@ def test_linear_equals_reference(inputs, outputs):
         assert found.dtype == np.float32 and relative(found, expected) < FLOAT32
 
 
+@pytest.mark.parametrize("storage", ["float32", "float64", "bfloat16"])
+def test_every_processor_gives_the_same_product(storage):
+    """AVX-512 and AVX2 the same bits, BLAS the same values; a row its own bits whatever stands beside it. 1024 columns share a set of the cache."""
+    best, order = KERNEL.instructions(), ("avx512", "avx2", "blas")
+    dtype, kinds = "float64" if storage == "float64" else "float32", order[order.index(best) :]
+    try:
+        for inputs, outputs in ((63, 100), (1024, 17), (512, 257), (1, 64), (300, 16)):
+            packed, rows = pack(drawn(outputs, inputs, dtype=dtype), storage), drawn(43, inputs, dtype=dtype)
+            bias, found = drawn(outputs, dtype=dtype), {}
+            for kind in kinds:
+                assert KERNEL.instructions(kind) == kind
+                found[kind] = [KERNEL.linear(rows[:count], packed, bias, "silu") for count in range(2, 44)]
+            expected = TWIN.linear(rows.astype(np.float64), packed.matrix().astype(np.float64), bias.astype(np.float64), "silu")
+            for kind, values in found.items():
+                assert all(relative(value, expected[: len(value)]) < (FLOAT64 if dtype == "float64" else FLOAT32) for value in values), kind
+                if kind != "blas":
+                    assert same_bits(values, found[best]) and same_bits(values, [values[-1][: len(value)] for value in values]), kind
+        with pytest.raises(ValueError, match=r"instructions must be one of 'blas'.*, found 'neon'"):
+            KERNEL.instructions("neon")
+    finally:
+        KERNEL.instructions(best)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     x = np.concatenate([np.linspace(-12, 12, 5001), np.linspace(-1, 1, 999), [0.0, -0.0, 1e-30, -88.0, 95.0, -700.0]])[:, None]
