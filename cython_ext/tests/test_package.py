@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,23 @@ def test_blas_keeps_to_one_thread_and_gets_its_own_back(blas):
     with pytest.raises(KeyError), one_blas_thread():
         raise KeyError
     assert blas() == {2}
+
+
+def test_blas_keeps_to_one_thread_for_every_caller_whoever_came_first(blas):
+    """threadpoolctl lets the first thread that sets OpenBLAS's number keep that right as long as it lives."""
+    with one_blas_thread():
+        assert blas() == {1}
+    found = []
+
+    def other():
+        with one_blas_thread():
+            found.append(blas())
+        found.append(blas())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == [{1}, {2}]
 
 
 def test_the_last_of_overlapping_callers_restores_the_threads_of_blas(blas):
