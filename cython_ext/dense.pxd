@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t
 from cython_ext.algebra cimport real
 
 cdef enum Activation:
-    NONE, RELU, TANH, SIGMOID, GELU, SOFTPLUS, SILU
+    NONE, RELU, TANH, SIGMOID, GELU, SOFTPLUS, SILU, GELU_TWICE
 
 cdef enum Storage:
     WIDE  # (blocks, inputs, WIDTH) of the type of x, outputs filled up with zeros to whole blocks

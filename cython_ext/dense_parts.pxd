@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t
 
 from cython_ext.algebra cimport LANES, dot, folded, real, root
 from cython_ext.clones cimport inlined
-from cython_ext.dense cimport GELU, HALF, RELU, SIGMOID, SILU, SOFTPLUS, TANH, WIDTH, Linear
+from cython_ext.dense cimport GELU, GELU_TWICE, HALF, RELU, SIGMOID, SILU, SOFTPLUS, TANH, WIDTH, Linear
 from cython_ext.functions cimport Word, exponential, gaussian_unit, hyperbolic_tangent, logistic, softplus
 
 cdef extern from "tiles.h":
@@ -84,7 +84,7 @@ cdef inline inlined activated(real* y, Py_ssize_t n, int activation) noexcept no
     if activation == RELU:
         # y = np.where(y < 0, 0, y)
         for i in range(n):
-            y[i] = 0 if y[i] < 0 else y[i]
+            y[i] = <real> 0 if y[i] < 0 else y[i]
     elif activation == TANH:
         # y = np.tanh(y)
         for i in range(n):
@@ -96,6 +96,11 @@ cdef inline inlined activated(real* y, Py_ssize_t n, int activation) noexcept no
     elif activation == GELU:
         # y = y * (1 + erf(y / np.sqrt(2))) / 2
         for i in range(n):
+            gaussian_unit(y[i], &y[i])
+    elif activation == GELU_TWICE:
+        # y = gelu(gelu(y))
+        for i in range(n):
+            gaussian_unit(y[i], &y[i])
             gaussian_unit(y[i], &y[i])
     elif activation == SOFTPLUS:
         # y = np.logaddexp(y, 0)

@@ -14,20 +14,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, prange, threadid
+from openmp cimport omp_get_num_threads
 
-from cython_ext.algebra cimport multiply, real
+from cython_ext.algebra cimport real
 from cython_ext.clones cimport cloned
-from cython_ext.dense cimport GELU, NONE, SIGMOID, SILU, activate, l2norms, layer_norms, mean_rows, rms_norms
+from cython_ext.dense cimport (
+    GELU, GELU_TWICE, HALF, NONE, SIGMOID, SILU, WIDTH, Linear, activate, described, l2norms, layer_norms, linear_layer, mean_rows, rms_norms,
+)
 
 from cython_ext import delta_rule
 from cython_ext.checks_lam import checked_ids, checked_lengths, checked_weights
+from cython_ext.packing import pack, together
 from cython_ext.threads import one_blas_thread, threads_for
 
-cdef enum:
-    TILE = 256  # rows of a product that one thread computes at a time, at most
-    BLOCK = 128  # columns of it, which lie together: few rows are multiplied up to 2.5 times as fast as by columns of the whole matrix
-    ROWS = 16  # tokens that one thread takes at a time elsewhere
+
+# What is multiplied at once -> the arrays of a layer that it is made of, one below another.
+PRODUCTS = {
+    "qkv": ("delta.q_proj", "delta.k_proj", "delta.v_proj"),
+    "gates": tuple(f"delta.{name}_proj" for name in ("g", "b", "fast_decay", "slow_decay", "fast_gate", "slow_gate")),
+    "out": ("delta.o_proj",),
+    "ffn_in": ("ffn_in",),
+    "ffn_out": ("ffn_out",),
+}
 
 
 class LamOutput(NamedTuple):
@@ -38,45 +47,29 @@ class LamOutput(NamedTuple):
     hidden_states: tuple | None
 
 
-cdef Py_ssize_t evenly(Py_ssize_t n) noexcept nogil:
-    """The size of the tiles that cut n rows into as few equal ones of at most TILE as there can be, a multiple of 16."""
-    cdef Py_ssize_t blocks = (n + TILE - 1) // TILE, size = (n + blocks - 1) // blocks
-    return (size + 15) // 16 * 16
+cdef class Layer:
+    """The weight (O, I) and the bias of a product, packed; `packed` and `bias` hold what the struct points to."""
 
+    cdef Linear linear
+    cdef readonly object packed, bias
 
-cdef cloned add_bias(real* y, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t step, const real* bias) noexcept nogil:
-    cdef Py_ssize_t row, i
-    # y = y + bias
-    for row in range(rows):
-        for i in range(n):
-            y[row * step + i] += bias[i]
-
-
-cdef void product_block(
-    const real[:, ::1] x, const real[:, :, ::1] blocks, const real[::1] bias, Py_ssize_t plain, int activation, int repeats, real[:, ::1] y,
-    Py_ssize_t row, Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns,
-) noexcept nogil:
-    cdef Py_ssize_t first = max(plain, column), t
-    cdef int again
-    # y[rows, columns] = x[rows] @ matrix[:, columns] + bias[columns], the activation applied from column `plain` on
-    multiply(False, False, rows, columns, x.shape[1], <real> 1, &x[row, 0], x.shape[1], &blocks[column // BLOCK, 0, 0], BLOCK, <real> 0,
-             &y[row, column], y.shape[1])
-    add_bias(&y[row, column], rows, columns, y.shape[1], &bias[column])
-    if activation != NONE and first < column + columns:
-        for t in range(row, row + rows):
-            for again in range(repeats):
-                activate(&y[t, first], column + columns - first, activation)
+    def __init__(self, packed, bias):
+        self.packed, self.bias, self.linear = packed, bias, described(packed, bias)
 
 
 cdef product(
-    const real[:, ::1] x, const real[:, :, ::1] blocks, const real[::1] bias, Py_ssize_t plain, int activation, int repeats, real[:, ::1] y,
-    int threads,
+    const real[:, ::1] x, Layer layer, int activation, int repeats, real[:, ::1] y, Py_ssize_t column, real[:, ::1] scratch, int threads,
 ):
-    cdef Py_ssize_t tall = evenly(y.shape[0]), down = (y.shape[0] + tall - 1) // tall, job, row, column
-    # y = x @ matrix + bias; y[:, plain:] = activation(y[:, plain:])
-    for job in prange(blocks.shape[0] * down, nogil=True, schedule="dynamic", num_threads=threads):
-        row, column = job % down * tall, job // down * BLOCK
-        product_block(x, blocks, bias, plain, activation, repeats, y, row, min(tall, y.shape[0] - row), column, min(BLOCK, y.shape[1] - column))
+    cdef int again, once = GELU_TWICE if activation == GELU and repeats > 1 else activation
+    cdef Py_ssize_t row
+    # y[:, column : column + outputs] = activation(x @ weight.T + bias)
+    with nogil, parallel(num_threads=threads):
+        linear_layer(&layer.linear, x.shape[0], &x[0, 0], x.shape[1], &y[0, column], y.shape[1], once, &scratch[threadid(), 0], threadid(),
+                     omp_get_num_threads())
+    # y = activation(y), as often as is left
+    for again in range(2 if once == GELU_TWICE else 1, repeats):
+        for row in prange(y.shape[0], nogil=True, schedule="static", num_threads=threads):
+            activate(&y[row, column], layer.linear.outputs, activation)
 
 
 cdef cloned add_row(real* x, const real* y, Py_ssize_t n) noexcept nogil:
@@ -156,62 +149,68 @@ cdef unit_means(const real[:, ::1] x, const Py_ssize_t[::1] starts, const Py_ssi
         l2norms(&out[0, 0], out.shape[0], out.shape[1], &out[0, 0])
 
 
-def blocks(weight):
-    """A weight (O, I) as (blocks, I, BLOCK), transposed, the outputs filled up with zeros to whole blocks."""
-    outputs, inputs = weight.shape
-    rows = np.zeros((-(-outputs // BLOCK) * BLOCK, inputs), weight.dtype)
-    rows[:outputs] = weight
-    return np.ascontiguousarray(rows.reshape(-1, BLOCK, inputs).transpose(0, 2, 1))
-
-
 class LamEngine:
     """A sentence encoder from its flat weights, under torch's names; the arrays are copied.
 
-    Sizes not given are read off the arrays. `dtype` "float32" or "float64" is that of weights, arithmetic and results. Buffers are kept from
-    call to call and grow with the largest batch; calls from several threads come one after another.
-    Raises ValueError for arrays that are missing or do not fit, TypeError for sizes that are no integers.
+    Sizes not given are read off the arrays. `dtype` "float32" or "float64" is that of weights, arithmetic and results. `weights`
+    "bfloat16", with float32 alone, stores those of the products in half the bytes; None: as `dtype`. Buffers are kept from call to call and
+    grow with the largest batch; calls from several threads come one after another.
+    Raises ValueError for arrays that are missing or do not fit and for other weights, TypeError for sizes that are no integers.
     """
 
     def __init__(self, arrays, *, heads, depth, chunk_size=64, transform="lam", max_length=32768, gelu_repeats=2, norm_eps=1e-12, rms_eps=1e-6,
-                 dtype="float32"):
+                 dtype="float32", weights=None):
         held = checked_weights(arrays, heads, depth, dtype)
+        allowed = (dtype, "bfloat16") if dtype == "float32" else (dtype,)
+        if weights is not None and weights not in allowed:
+            raise ValueError(f"weights must be {' or '.join(map(repr, allowed))}, found {weights!r}")
         self.dtype, self.dim, self.heads = np.dtype(dtype), held["word_embeddings.weight"].shape[1], heads
         self.chunk_size, self.transform, self.max_length, self.repeats = chunk_size, transform, max_length, gelu_repeats
         self.norm_eps, self.rms_eps = norm_eps, rms_eps
         self._word, self._position = held["word_embeddings.weight"], held["position_embeddings.weight"]
         self._type = held["token_type_embeddings.weight"][0]
         self._norm = held["embedding_norm.weight"], held["embedding_norm.bias"]
-        self._layers = [self._layer(held, f"blocks.{index}.") for index in range(depth)]
+        self._products = {f"blocks.{index}.{product}": {f"blocks.{index}.{name}.weight": held[f"blocks.{index}.{name}.weight"].shape[0]
+                                                        for name in names} for index in range(depth) for product, names in PRODUCTS.items()}
+        packed = together({name: pack(np.concatenate([held[part] for part in parts]), weights) for name, parts in self._products.items()})
+        self._layers = [self._layer(held, packed, f"blocks.{index}.") for index in range(depth)]
+        if weights != "bfloat16":
+            held = {name: value for name, value in held.items() if not any(name in parts for parts in self._products.values())}
+        self._held, self._packed = held, packed
         self._buffers, self._lock = {}, threading.Lock()
 
-    def _layer(self, held, prefix):
-        """The arrays of a layer in the order and shape of the loops: products in `blocks`, all that reads x in one of them."""
+    def _layer(self, held, packed, prefix):
+        """The arrays of a layer in the order and shape of the loops."""
         def of(name):
             return held[f"{prefix}{name}"]
 
-        def turned(*names):
-            return blocks(np.concatenate([of(f"{name}.weight") for name in names]))
-
-        mixing = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "fast_decay_proj", "slow_decay_proj", "fast_gate_proj", "slow_gate_proj")
-        bias = np.zeros(4 * self.dim + 5 * self.heads, self.dtype)
+        rates = np.zeros(self.dim + 5 * self.heads, self.dtype)
         for place, name in ((1, "fast_decay"), (2, "slow_decay")):
-            start = 4 * self.dim + place * self.heads
-            bias[start : start + self.heads] = of(f"delta.{name}_proj.bias") + of(f"delta.{name}_bias")
+            start = self.dim + place * self.heads
+            rates[start : start + self.heads] = of(f"delta.{name}_proj.bias") + of(f"delta.{name}_bias")
         convs = [f"delta.{name}_conv1d" for name in "qkv"]
         fluxes = [tuple(of(f"delta.rule.{flux}.{name}") for name in ("hidden.weight", "hidden.bias", "out.weight", "out.bias"))
                   for flux in ("token_flux", "chunk_flux")]
+        biases = {"qkv": None, "gates": rates, "out": None, "ffn_in": of("ffn_in.bias"), "ffn_out": of("ffn_out.bias")}
         return {
-            "mix": (turned(*(f"delta.{name}" for name in mixing)), bias),
+            **{name: Layer(packed[prefix + name], bias) for name, bias in biases.items()},
             "taps": np.ascontiguousarray(np.concatenate([of(f"{name}.weight")[:, 0] for name in convs]).T),
             "conv_bias": np.concatenate([of(f"{name}.bias") for name in convs]),
             "rule": (*fluxes, of("delta.rule.W_bilinear"), of("delta.rule.temp")),
             "o_norm": of("delta.o_norm.weight"),
-            "out": (turned("delta.o_proj"), np.zeros(self.dim, self.dtype)),
             "norm_delta": (of("norm_delta.weight"), of("norm_delta.bias")),
-            "ffn_in": (turned("ffn_in"), of("ffn_in.bias")),
-            "ffn_out": (turned("ffn_out"), of("ffn_out.bias")),
             "norm_ffn": (of("norm_ffn.weight"), of("norm_ffn.bias")),
         }
+
+    def arrays(self):
+        """Copies of all arrays, flat, under torch's names, as `dtype`; what is stored in bfloat16 was kept besides as it was given."""
+        found = {name: value.copy() for name, value in self._held.items()}
+        for prefix, names in self._products.items():
+            matrix, first = self._packed[prefix].matrix(), 0
+            for name, rows in names.items():
+                found.setdefault(name, matrix[first : first + rows].copy())
+                first += rows
+        return found
 
     def __call__(self, input_ids, attention_mask=None, output_hidden_states=False):
         """input_ids (B, L) in [0, V), L at most `max_length`; attention_mask (B, L), nonzero for valid tokens, or None for all.
@@ -252,7 +251,8 @@ class LamEngine:
         threads = threads_for(tokens, 16 * tokens * dim)
         row = self._buffer("row", threads, 3 * dim)
         for layer in self._layers:
-            self._product(x, layer["mix"], mixed, SIGMOID, 3 * dim)
+            self._product(x, layer["qkv"], mixed)
+            self._product(x, layer["gates"], mixed, 3 * dim, SIGMOID)
             arguments = (mixed, sentence, place, lengths, layer["taps"], layer["conv_bias"], row, qkv, rates, threads)
             to_heads[float](*arguments) if self.dtype == np.float32 else to_heads[double](*arguments)
             o, _ = delta_rule.hierarchical_forward(*qkv, *rates, *layer["rule"], mask, None, self.chunk_size, self.transform)
@@ -260,8 +260,8 @@ class LamEngine:
             from_heads[float](*arguments) if self.dtype == np.float32 else from_heads[double](*arguments)
             self._product(gated, layer["out"], y)
             self._normed(x, y, layer["norm_delta"])
-            wide = self._buffer("wide", tokens, layer["ffn_in"][1].size)
-            self._product(x, layer["ffn_in"], wide, GELU, 0, self.repeats)
+            wide = self._buffer("wide", tokens, layer["ffn_in"].bias.size)
+            self._product(x, layer["ffn_in"], wide, 0, GELU, self.repeats)
             self._product(wide, layer["ffn_out"], y)
             self._normed(x, y, layer["norm_ffn"])
             if hidden is not None:
@@ -270,10 +270,12 @@ class LamEngine:
         unit_means[float](x, starts, lengths, embedding) if self.dtype == np.float32 else unit_means[double](x, starts, lengths, embedding)
         return LamOutput(padded(), embedding, None if hidden is None else tuple(hidden))
 
-    def _product(self, x, layer, y, activation=NONE, plain=0, repeats=1):
-        """y = x @ W + b, its columns from `plain` on through the activation, `repeats` times."""
-        threads = threads_for(y.size, y.size * x.shape[1])
-        arguments = (x, *layer, plain, activation, repeats, y, threads)
+    def _product(self, x, layer, y, column=0, activation=NONE, repeats=1):
+        """y[:, column : column + O] = x @ weight.T + bias through the activation, `repeats` times."""
+        outputs, inputs = layer.packed.outputs, layer.packed.inputs
+        threads = threads_for(x.shape[0] * outputs, x.shape[0] * outputs * inputs)
+        scratch = self._buffer("scratch", threads, inputs * WIDTH if layer.packed.storage == HALF else 1)  # of use without AVX2 alone
+        arguments = (x, layer, activation, repeats, y, column, scratch, threads)
         product[float](*arguments) if self.dtype == np.float32 else product[double](*arguments)
 
     def _normed(self, x, y, norm):

@@ -20,17 +20,14 @@ class CythonLam:
     backend = "cython"
 
     def __init__(self, config: LamConfig, arrays: Mapping[str, np.ndarray], dtype: str, weights: str | None = None) -> None:
-        """`arrays` complete and checked. Raises ValueError for weights of another kind than `dtype`: a batch of tokens waits for arithmetic."""
-        if weights not in (None, dtype):
-            raise ValueError(f"weights of 'lam' must be {dtype!r} or None, found {weights!r}: a batch of tokens gains nothing from smaller weights")
+        """`arrays` complete and checked. weights: "bfloat16", with float32 alone, or None; raises ValueError for others."""
         self.config, self.dtype = config, dtype
-        self._arrays = {key: value.copy() for key, value in arrays.items()}
         engine = cython_ext.kernel("lam_engine").LamEngine
-        self.engine = engine(arrays, dtype=dtype, **{name: getattr(config, name) for name in SIZES})
+        self.engine = engine(arrays, dtype=dtype, weights=weights, **{name: getattr(config, name) for name in SIZES})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Copies of all parameters, flat, under torch's names."""
-        return {key: value.copy() for key, value in self._arrays.items()}
+        """Copies of all parameters, flat, under torch's names, as they were given."""
+        return self.engine.arrays()
 
     def __call__(self, input_ids: Any, attention_mask: Any = None, output_hidden_states: bool = False) -> Any:
         """(B, L) ids, mask (B, L) or None -> LamOutput of arrays, as `torch_impl.lam.LAM.forward`; raises ValueError as that does."""

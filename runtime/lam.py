@@ -43,12 +43,13 @@ class LAM:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], backend: str = "cython", strict: bool = False, dtype: str | None = None
+        cls, path: str | os.PathLike[str], backend: str = "cython", strict: bool = False, dtype: str | None = None, weights: str | None = None
     ) -> LAM:
         """The model in a local directory: one of `save`, or a public LAM with `model.safetensors` or `pytorch_model.bin` and a tokenizer.
 
         A backend that cannot be loaded, for want of a package or of the compiled kernel, gives way to the next of "cython", "torch",
-        "jax" with a RuntimeWarning, or raises ImportError if `strict`. `dtype`, "float32" or "float64", is as stored unless given.
+        "jax" with a RuntimeWarning, or raises ImportError if `strict`. `dtype`, "float32" or "float64", is as stored unless given. `weights`
+        "bfloat16" halves the bytes of the products' weights on "cython", arithmetic staying float32.
 
         Raises FileNotFoundError for a directory or file that is not there; ValueError for an unknown backend and, naming the file, for
         one that is broken or whose arrays are missing, unmapped or misshapen.
@@ -64,7 +65,7 @@ class LAM:
         else:
             config, arrays, stored = _read_public(directory)
         tokenizer = read_tokenizer(directory, tokenizer_file)
-        return cls(_load(config, arrays, backend, strict, stored if dtype is None else dtype), tokenizer)
+        return cls(_load(config, arrays, backend, strict, stored if dtype is None else dtype, weights), tokenizer)
 
     @classmethod
     def from_teacher(
@@ -117,12 +118,12 @@ class LAM:
         return result[0] if isinstance(sentences, str) else result
 
 
-def _load(config: Any, arrays: Mapping[str, np.ndarray], backend: str, strict: bool, dtype: str) -> Any:
-    """The model on `backend`, or, unless `strict`, on the first of the others that can be loaded."""
+def _load(config: Any, arrays: Mapping[str, np.ndarray], backend: str, strict: bool, dtype: str, weights: str | None = None) -> Any:
+    """The model on `backend`, or, unless `strict`, on the first of the others that can be loaded, which then keep the weights as `dtype`."""
     failed: dict[str, str] = {}
     for candidate in (backend, *(other for other in BACKENDS if other != backend)):
         try:
-            model = build("lam", config, candidate, arrays, dtype)
+            model = build("lam", config, candidate, arrays, dtype, weights=weights if candidate == backend else None)
         except ImportError as error:
             if strict:
                 raise

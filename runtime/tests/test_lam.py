@@ -303,7 +303,7 @@ def test_no_backend_at_all(saved, monkeypatch):
 
 
 def test_nothing_else_gives_way(saved, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("runtime.lam.build", broken)

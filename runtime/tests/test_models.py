@@ -209,5 +209,16 @@ def test_the_engine_of_lam_needs_no_framework():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "(1, 30) cython False", done.stderr
-    with pytest.raises(ValueError, match="weights of 'lam' must be 'float32' or None, found 'bfloat16'"):
-        runtime.build("lam", ENCODER, "cython", weights="bfloat16")
+
+
+def test_weights_of_lam_in_bfloat16():
+    pytest.importorskip("cython_ext.lam_engine")
+    arrays = {key: value.astype(np.float32) for key, value in randomised("lam").items()}
+    full, half = (runtime.build("lam", ENCODER, "cython", arrays, weights=weights) for weights in (None, "bfloat16"))
+    found, expected = (model([[3, 4, 5, 6]]).embedding[0] for model in (half, full))
+    assert not np.array_equal(found, expected) and found @ expected > 0.9999  # the bound of the specification; unit vectors
+    assert bits(half.arrays()) == bits(full.arrays()) == bits(arrays)
+    with pytest.raises(ValueError, match="weights must be 'float32' or 'bfloat16', found 'int8'"):
+        runtime.build("lam", ENCODER, "cython", weights="int8")
+    with pytest.raises(ValueError, match="weights must be 'float64', found 'bfloat16'"):
+        runtime.build("lam", ENCODER, "cython", dtype="float64", weights="bfloat16")
