@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from conf.models import HEADS, WaveCoreConfig, between, choice, whole
 from conf.schema import DTYPES, CheckpointConfig, TrackerConfig
 
-CONTROL_BACKENDS = ("torch", "jax")
+CONTROL_BACKENDS = ("torch", "torch_compiled", "jax")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Letters: B batch, n slots, d width of a level, d_k width of a key; L length, I c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ RULES = ("slot0", "least_salient")  # in the order of `Rule` of cms.pxd
 def read_arguments(query: Any, memory: Any, keys: Any, scale: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]:
     """query, memory and keys with a batch axis, the scale as a float, and whether there was a batch axis."""
     memory, sizes, batch = _memory(memory, keys)
-    query, keys = (
-        array(name, value, [*batch, *axes], sizes, memory.dtype) for name, value, axes in (("query", query, ["d_k"]), ("keys", keys, ["n", "d_k"])))
+    named = (("query", query, ["d_k"]), ("keys", keys, ["n", "d_k"]))
+    query, keys = (_fitting(name, value, [*batch, *axes], sizes, memory.dtype) for name, value, axes in named)
     scale = 1.0 if scale is None else array("scale", scale, "", {}, memory.dtype).item()
     if batch:
         return query, memory, keys, scale, True
@@ -60,7 +61,7 @@ def read_back_arguments(
     query, memory, keys, scale, batched = read_arguments(query, memory, keys, scale)
     batch, sizes = ["B"] if batched else [], dict(zip(("B", "n", "d"), memory.shape, strict=True))
     named = (("grad_attention", grad_attention, "n"), ("grad_content", grad_content, "d"))
-    gradients = [array(name, value, [*batch, axis], sizes, memory.dtype) for name, value, axis in named]
+    gradients = [_fitting(name, value, [*batch, axis], sizes, memory.dtype) for name, value, axis in named]
     return *(gradients if batched else [value[None] for value in gradients]), query, memory, keys, scale, batched
 
 
@@ -108,7 +109,7 @@ def _memory(memory: Any, keys: Any) -> tuple[np.ndarray, dict[str, int], list[st
     return memory, dict(zip([*batch, "n", "d", "d_k"], [*memory.shape, keys.shape[-1]], strict=True)), batch
 
 
-def _fitting(name: str, value: Any, letters: list[str], sizes: dict[str, int], dtype: np.dtype) -> np.ndarray:
+def _fitting(name: str, value: Any, letters: Sequence[str], sizes: dict[str, int], dtype: np.dtype) -> np.ndarray:
     """`array`, by a short way for what needs nothing: a write is a microsecond or two of work."""
     ready = type(value) is np.ndarray and value.dtype == dtype and value.shape == tuple([sizes[letter] for letter in letters])
     return value if ready and value.flags.carray else array(name, value, letters, sizes, dtype)
@@ -142,11 +143,11 @@ def wave_arguments(letters: str, u: Any, carry: Any, dt: Any, b: Any, c: Any, a_
     sizes["S"] = a_raw.shape[1]
     axes = {"carry": "BIS", "dt": letters, "b": letters, "c": letters, "a_raw": "IS", "b_base": "IS", "c_base": "IS", "d": "I"}
     given = zip(axes.items(), (carry, dt, b, c, a_raw, b_base, c_base, d), strict=True)
-    return [u, *(array(name, value, spelled, sizes, u.dtype) for (name, spelled), value in given)]
+    return [u, *(_fitting(name, value, spelled, sizes, u.dtype) for (name, spelled), value in given)]
 
 
 def wave_back_arguments(letters: str, grad_y: Any, grad_h: Any, u: Any, *rest: Any) -> list[np.ndarray]:
     """The gradients of y and of the last h, then what `wave_arguments` gives."""
     u, carry, *rest = wave_arguments(letters, u, *rest)
     sizes = dict(zip(letters, u.shape, strict=True)) | {"S": carry.shape[2]}
-    return [array("grad_y", grad_y, letters, sizes, u.dtype), array("grad_h", grad_h, "BIS", sizes, u.dtype), u, carry, *rest]
+    return [_fitting("grad_y", grad_y, letters, sizes, u.dtype), _fitting("grad_h", grad_h, "BIS", sizes, u.dtype), u, carry, *rest]

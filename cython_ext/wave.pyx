@@ -85,7 +85,10 @@ def wave_scan(u, carry, dt, b, c, a_raw, b_base, c_base, d):
     contiguous are accepted, the latter copied. Returns y (B, L, I) and the last h (B, I, S), new arrays. Raises TypeError for another type or
     dtype, ValueError for another shape or an empty axis, by name.
     """
-    u, carry, dt, b, c, a_raw, b_base, c_base, d = wave_arguments("BLI", u, carry, dt, b, c, a_raw, b_base, c_base, d)
+    return scanned(*wave_arguments("BLI", u, carry, dt, b, c, a_raw, b_base, c_base, d))
+
+
+def scanned(u, carry, dt, b, c, a_raw, b_base, c_base, d):
     y, h, a = np.empty(u.shape, u.dtype), carry.copy(), np.empty(a_raw.shape, u.dtype)
     arguments = (u, dt, b, c, a_raw, b_base, c_base, d, a, y, h, threads_for(u.shape[0], 8 * u.size * a_raw.shape[1]))
     scan[float](*arguments) if u.dtype == np.float32 else scan[double](*arguments)
@@ -98,7 +101,7 @@ def wave_step(u, carry, dt, b, c, a_raw, b_base, c_base, d):
     u, dt, b, c (B, I), the rest as there. Returns y (B, I) and h (B, I, S), new arrays. Raises as `wave_scan` does.
     """
     u, carry, dt, b, c, a_raw, b_base, c_base, d = wave_arguments("BI", u, carry, dt, b, c, a_raw, b_base, c_base, d)
-    y, h = wave_scan(u[:, None], carry, dt[:, None], b[:, None], c[:, None], a_raw, b_base, c_base, d)
+    y, h = scanned(u[:, None], carry, dt[:, None], b[:, None], c[:, None], a_raw, b_base, c_base, d)
     return y[:, 0], h
 
 
@@ -177,8 +180,10 @@ def wave_scan_backward(grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base
     arrays in the order (u, carry, dt, b, c, a_raw, b_base, c_base, d), each of the argument's shape and dtype. Sums over B and L are taken in
     float64. Raises as `wave_scan` does.
     """
-    grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base, d = wave_back_arguments(
-        "BLI", grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base, d)
+    return scanned_back(*wave_back_arguments("BLI", grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base, d))
+
+
+def scanned_back(grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base, d):
     inner, states = a_raw.shape
     a, h, pull = np.empty_like(a_raw), np.empty((u.shape[1] + 1, inner, states), u.dtype), grad_h.copy()
     sequences, totals = [np.empty_like(u) for _ in range(4)], [np.zeros(part.shape) for part in (a_raw, b_base, c_base, d)]
@@ -196,6 +201,6 @@ def wave_step_backward(grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base
     """
     grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base, d = wave_back_arguments(
         "BI", grad_y, grad_h, u, carry, dt, b, c, a_raw, b_base, c_base, d)
-    grad_u, grad_carry, grad_dt, grad_b, grad_c, *shared = wave_scan_backward(
+    grad_u, grad_carry, grad_dt, grad_b, grad_c, *shared = scanned_back(
         grad_y[:, None], grad_h, u[:, None], carry, dt[:, None], b[:, None], c[:, None], a_raw, b_base, c_base, d)
     return grad_u[:, 0], grad_carry, grad_dt[:, 0], grad_b[:, 0], grad_c[:, 0], *shared

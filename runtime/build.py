@@ -27,12 +27,9 @@ MODELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
     "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule", "dense", "lam_engine")},
-    "wavecore": {"torch": (), "jax": (), "cython": ("wavecore_engine",)},
+    "wavecore": {"torch": (), "torch_compiled": ("cms",), "jax": (), "cython": ("wavecore_engine",)},
 }
 ENGINES = {("grounded_mamba", "cython"), ("lam", "cython"), ("wavecore", "cython")}  # what runs with no framework in the process
-_REFUSED = {
-    ("wavecore", "torch_compiled"): ": WaveCore has no compiled op in torch",
-}
 
 
 def build(
@@ -52,11 +49,11 @@ def build(
 
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
-    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels; not for "wavecore"),
-    "jax" or, for all but "deltanet_lm", "cython" (a compiled engine without a framework: NumPy, no gradients). arrays: flat dict,
-    torch names -> NumPy arrays, copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim,
-    output_dim: the widths of a WaveCore, needed unless its configuration is sized, and of no other model. weights: "bfloat16" for an engine
-    that stores its weights so and computes in float32.
+    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels), "jax" or, for all but
+    "deltanet_lm", "cython" (a compiled engine without a framework: NumPy, no gradients). arrays: flat dict, torch names -> NumPy arrays,
+    copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore,
+    needed unless its configuration is sized, and of no other model. weights: "bfloat16" for an engine that stores its weights so and computes
+    in float32.
 
     The model has `.config` (a WaveCore's is sized), `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
     `.generate` and `.init_states` besides, GroundedMamba `.update_memory` (not on "cython"), WaveCore `.step`, `.rollout`, `.init_state`,
@@ -90,8 +87,7 @@ def check_backend(name: str, backend: str) -> None:
     """Raise ValueError for a backend that model `name` does not have, ImportError, saying what to install or build, for one that is not there."""
     kernels = MODELS[name]
     if backend not in kernels:
-        reason = _REFUSED.get((name, backend), "")
-        raise ValueError(f"backend of {name!r} must be one of {', '.join(map(repr, kernels))}, found {backend!r}{reason}")
+        raise ValueError(f"backend of {name!r} must be one of {', '.join(map(repr, kernels))}, found {backend!r}")
     alone = (name, backend) in ENGINES
     packages, extra = BACKENDS[backend]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]

@@ -163,7 +163,7 @@ class TorchWaveCore(TorchModel):
         return self._state(CoreState(*core_state.nest(self.config, checked)))
 
     def _make(self, config: Any, backend: str) -> nn.Module:
-        return self.kind(config, config.obs_dim, config.action_dim, config.output_dim)
+        return self.kind(config, config.obs_dim, config.action_dim, config.output_dim, "compiled" if backend == "torch_compiled" else "recurrent")
 
     def _advance(self, method: Any, state: CoreState, x_obs: Any, a_prev: Any, r_t: Any) -> tuple[Any, CoreState, dict[str, Any]]:
         native, held = isinstance(x_obs, torch.Tensor), self._state(state)

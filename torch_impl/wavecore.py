@@ -22,6 +22,7 @@ from torch_impl.ops.wave import linear_step, saturate, selective_step, softplus
 from torch_impl.state import CoreState, check_core, check_time
 
 LN_EPS = 1e-6
+IMPLS = ("recurrent", "compiled")
 Levels = tuple[Tensor, ...]
 Info = dict[str, Any]
 
@@ -52,8 +53,9 @@ class Encoder(nn.Module):
 class CMSRead(nn.Module):
     """Attention over the slots of every level, and a mixture of what the levels answer."""
 
-    def __init__(self, config: WaveCoreConfig) -> None:
+    def __init__(self, config: WaveCoreConfig, impl: str) -> None:
         super().__init__()
+        self.impl = impl
         width = config.d_s + config.d_e
         self.query_in = dense(width, width)
         self.query_norm = nn.LayerNorm(width, eps=LN_EPS)
@@ -64,14 +66,11 @@ class CMSRead(nn.Module):
     def forward(self, s: Tensor, e: Tensor, memories: Levels, keys: Levels, scales: Levels | None = None) -> tuple[Tensor, Tensor, Levels]:
         """s (B, d_s), e (B, d_e), per level (B, n, d), (B, n, d_k), and () where the memory is lazy. Returns query, context, attention."""
         query = self.query_out(torch.relu(self.query_norm(self.query_in(torch.cat([s, e], -1)))))  # (B, d_k)
-        attention, answers = [], []
-        for level, project in enumerate(self.level_proj):
-            weights, content = cms.read(query, memories[level], keys[level], None if scales is None else scales[level])
-            attention.append(weights)
-            answers.append(project(content))  # (B, d_c)
+        attention, contents = cms.read_levels(query, memories, keys, scales, impl=self.impl)
+        answers = [project(content) for project, content in zip(self.level_proj, contents, strict=True)]  # (B, d_c)
         mix = torch.softmax(self.mixing(torch.cat(answers, -1)), -1)  # (B, levels)
         context = (mix[..., None] * torch.stack(answers, -2)).sum(-2)  # (B, d_c)
-        return query, context, tuple(attention)
+        return query, context, attention
 
 
 class SelectiveSSM(nn.Module):
@@ -152,9 +151,9 @@ class HopeCore(nn.Module):
 class CMSWrite(nn.Module):
     """Decay of every level, and one row of each."""
 
-    def __init__(self, config: WaveCoreConfig) -> None:
+    def __init__(self, config: WaveCoreConfig, impl: str) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.impl = config, impl
         width = config.d_s + config.d_e
         self.value = nn.ModuleList(dense(width, size) for size in config.cms_dims)
         self.key = nn.ModuleList(dense(width, config.d_k) for _ in config.cms_dims)
@@ -166,15 +165,12 @@ class CMSWrite(nn.Module):
         """s (B, d_s), e (B, d_e), r (B, 1) and the memory. Returns memories and keys, and norms and scales where they are given."""
         se = torch.cat([s, e], -1)
         ser = torch.cat([se, r], -1)
-        written = []
-        for level, decay in enumerate(self.config.cms_decays):
-            new = self.value[level](se), self.key[level](se), torch.sigmoid(self.gate[level](ser))
-            rule = {"rule": self.config.cms_write, "threshold": self.config.salience_threshold}
-            if norms is None or scales is None:
-                written.append(cms.write(memories[level], keys[level], *new, decay, **rule))
-            else:
-                written.append(cms.write_lazy(memories[level], keys[level], norms[level], scales[level], *new, decay, **rule))
-        return tuple(zip(*written, strict=True))
+        values, new_keys = ([layer(se) for layer in layers] for layers in (self.value, self.key))
+        gates = [torch.sigmoid(layer(ser)) for layer in self.gate]
+        config = self.config
+        return cms.write_levels(
+            memories, keys, norms, scales, values, new_keys, gates, config.cms_decays, rule=config.cms_write, threshold=config.salience_threshold,
+            impl=self.impl)
 
 
 class Decoder(nn.Module):
@@ -204,17 +200,20 @@ class Decoder(nn.Module):
 class WaveCore(nn.Module):
     """The whole core. Every method takes a batch axis on all of its tensors, or on none.
 
-    Raises ValueError, naming the argument, for wrong widths, levels that do not match, a batch that differs between arguments, another
+    `impl` is "recurrent" or "compiled" (the memory by Cython kernels; the wave, whose op costs more than the dozen small ones that it replaces, in
+    torch). Raises ValueError, naming the argument, for wrong widths, levels that do not match, a batch that differs between arguments, another
     dtype than the weights', and values that are not finite.
     """
 
-    def __init__(self, config: WaveCoreConfig, obs_dim: int, action_dim: int, output_dim: int) -> None:
+    def __init__(self, config: WaveCoreConfig, obs_dim: int, action_dim: int, output_dim: int, impl: str = "recurrent") -> None:
         super().__init__()
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be {' or '.join(map(repr, IMPLS))}, found {impl!r}")
         self.config = config.sized(obs_dim, action_dim, output_dim)
         self.encoder = Encoder(config, obs_dim, action_dim)
-        self.cms_read = CMSRead(config)
+        self.cms_read = CMSRead(config, impl)
         self.core = HopeCore(config)
-        self.cms_write = CMSWrite(config)
+        self.cms_write = CMSWrite(config, impl)
         self.decoder = Decoder(config, obs_dim, output_dim)
 
     def forward(

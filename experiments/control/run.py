@@ -111,7 +111,7 @@ def prepare(config: ControlConfig, folder: Path, console: Console) -> Control:
     """Record or find the episodes and build the core. Raises RunError."""
     if (folder / MODEL).exists() or (folder / CHECKPOINTS).exists():
         raise RunError(f"run_dir: {folder} already holds a model; choose another folder")
-    if config.backend.name == "torch" and config.backend.threads is not None:
+    if config.backend.name != "jax" and config.backend.threads is not None:
         import torch
 
         torch.set_num_threads(config.backend.threads)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+import runtime
 from conf.control_schema import ControlConfig
 from experiments.control.dataset import Statistics
 from experiments.control.environments import open_environment
@@ -51,4 +52,6 @@ def exponent(model: Any, inputs: tuple[np.ndarray, ...], burn_in: int) -> np.nda
 
     from torch_impl.stability import lyapunov_exponent as of_torch
 
+    if model.backend == "torch_compiled":  # whose gradients are first-order, and an exponent differentiates one
+        model = runtime.build("wavecore", model.config, "torch", model.arrays(), model.dtype)
     return of_torch(model.module, model.module.init_state(rows), tuple(map(torch.from_numpy, inputs)), burn_in).numpy()

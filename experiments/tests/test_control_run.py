@@ -100,7 +100,7 @@ WRONG = {
     "decays that increase": (["model.cms_decays=[0.1,0.2]"], "model.cms_decays must not increase"),
     "levels that do not match": (["model.cms_dims=[32]"], "model.cms_dims must have num_levels=2 entries"),
     "another model": (["model=grounded_mamba_tiny"], "is not a subclass of WaveCoreConfig"),
-    "backend": (["backend=torch_compiled"], "backend.name must be one of 'torch', 'jax'"),
+    "backend": (["backend.name=cython"], "backend.name must be one of 'torch', 'torch_compiled', 'jax'"),
     "no environment of that name": (["environment.name=Nowhere-v0"], "environment Nowhere-v0: "),
     "no expert": (["environment.name=Acrobot-v1", "model.output_type=discrete"], "has no scripted expert"),
     "discrete": (["environment.name=CartPole-v1"], "model.output_type must be 'discrete' for the actions of CartPole-v1"),

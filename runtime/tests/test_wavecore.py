@@ -15,7 +15,7 @@ from runtime.init import init_arrays
 NAME = "wavecore"
 WIDTHS = dict(obs_dim=19, action_dim=17, output_dim=22)
 COUNTS = {"v2.0": 954_697, "v3.0": 3_408_521, "v4.0": 12_813_577}
-NEEDED = {"torch": ["torch"], "jax": ["jax", "flax"], "cython": ["cython_ext.wavecore_engine"]}
+NEEDED = {"torch": ["torch"], "torch_compiled": ["torch", "cython_ext.cms"], "jax": ["jax", "flax"], "cython": ["cython_ext.wavecore_engine"]}
 # The bound that the project promises between two backends in float64, end to end.
 END_TO_END = 1e-11
 
@@ -347,7 +347,19 @@ def test_configurations_and_widths_that_do_not_belong(core_config):
         runtime.build(NAME, core_config, arrays={key: value for key, value in arrays.items() if key != "core.U_p"})
 
 
-def test_a_backend_that_does_not_run_it(core_config):
-    message = "backend of 'wavecore' must be one of 'torch', 'jax', 'cython', found 'torch_compiled': WaveCore has no compiled op in torch$"
-    with pytest.raises(ValueError, match=message):
-        runtime.build(NAME, core_config, "torch_compiled")
+def test_torch_compiled_runs_kernels_forward_and_back_and_torch_runs_none(cores):
+    import torch
+
+    from torch_impl.ops import compiled
+
+    tensors = [native(cores["torch"], value) for value in inputs()]
+    found = {}
+    for backend in ("torch", "torch_compiled"):
+        compiled.reset_kernel_calls()
+        module = cores[backend].module
+        y, state, _ = module.rollout(module.init_state(3), *tensors)
+        gradients = torch.autograd.grad(y.square().sum() + state.memories[1].sum(), list(module.parameters()), materialize_grads=True)
+        names = ("cms_read", "cms_write_lazy", "cms_read_backward", "cms_write_lazy_backward")
+        found[backend] = [compiled.kernel_calls(name) for name in names], tuple(part.numpy() for part in gradients)
+    assert found["torch"][0] == [0, 0, 0, 0] and min(found["torch_compiled"][0]) >= 38
+    assert all(np.linalg.norm(a - b) <= 1e-10 * np.linalg.norm(b) for a, b in zip(found["torch_compiled"][1], found["torch"][1], strict=True))

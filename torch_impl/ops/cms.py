@@ -15,12 +15,14 @@ Source: ContinuonBrain's CMS. Letters: B batch, an axis that all of the tensors 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FOLD = 2.0**-10
 Chosen = tuple[Tensor, Tensor]  # row (B,) int64, open (B,) bool
+Levels = tuple[Tensor, ...]
 
 
 def read(query: Tensor, memory: Tensor, keys: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,48 @@ def write_lazy(
     if scale < FOLD:
         memory, keys, norms, scale = scale * memory, scale * keys, (scale * memory.detach()).square().sum(-1), torch.ones_like(scale)
     return memory, keys, norms, scale
+
+
+def read_levels(
+    query: Tensor, memories: Levels, keys: Levels, scales: Levels | None = None, *, impl: str = "recurrent"
+) -> tuple[Levels, Levels]:
+    """`read` of every level: attention (B, n) and content (B, d) of each. `impl="compiled"` runs the Cython kernel; ValueError for another."""
+    _check(impl)
+    if impl == "compiled":
+        from torch_impl.ops import compiled_cms
+
+        return compiled_cms.read_levels(query, memories, keys, scales)
+    pairs = [read(query, *level) for level in zip(memories, keys, scales or [None] * len(memories), strict=True)]
+    attention, contents = zip(*pairs, strict=True)
+    return attention, contents
+
+
+def write_levels(
+    memories: Levels, keys: Levels, norms: Levels | None, scales: Levels | None, values: Levels, new_keys: Levels, gates: Levels,
+    decays: Sequence[float], *, rule: str, threshold: float, chosen: Sequence[Chosen] | None = None, impl: str = "recurrent",
+) -> tuple[Levels, ...]:
+    """`write`, or where norms and scales are given `write_lazy`, of every level.
+
+    Returns memories and keys, and norms and scales where they are given, of every level. `impl` as in `read_levels`.
+    """
+    _check(impl)
+    if impl == "compiled":
+        from torch_impl.ops import compiled_cms
+
+        return compiled_cms.write_levels(
+            memories, keys, norms, scales, values, new_keys, gates, decays, rule=rule, threshold=threshold, chosen=chosen)
+    held = (memories, keys) if norms is None or scales is None else (memories, keys, norms, scales)
+    function, choices = write if len(held) == 2 else write_lazy, chosen or [None] * len(memories)
+    written = [
+        function(*level, rule=rule, threshold=threshold, chosen=choice)
+        for *level, choice in zip(*held, values, new_keys, gates, decays, choices, strict=True)
+    ]
+    return tuple(zip(*written, strict=True))
+
+
+def _check(impl: str) -> None:
+    if impl not in ("recurrent", "compiled"):
+        raise ValueError(f"impl of the memory must be 'recurrent' or 'compiled', found {impl!r}")
 
 
 def _finite(*parts: Tensor) -> Tensor:

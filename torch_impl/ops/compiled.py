@@ -5,7 +5,8 @@ The environment variable GROUNDWAVE_KERNELS, read at every call (under torch.com
     auto        the kernel where it can, else the torch form: on any device but the CPU, for dtypes other than float32 and float64 or
                 mixed ones, for N above 256, or, with a warning, when the extension is not built. The default
     compiled    the kernel, or a RuntimeError that says why it cannot
-    torch       the torch form: recurrent for the selective scan, chunked for the delta rule and for WKV (in `compiled_wkv`)
+    torch       the torch form: recurrent for the selective scan, chunked for the delta rule and for WKV (in `compiled_wkv`), the only one for
+                the memory and the wave of WaveCore (in `compiled_cms` and `compiled_wave`)
 
 Gradients are first-order: differentiating them again raises NotImplementedError. The hierarchical delta rule is forward only: where a
 gradient is wanted or a transform of torch.func is at work, it counts among the kernels that cannot; so does the plain one where the
@@ -147,13 +148,11 @@ def _runs_compiled(kernel: str, tensors: list[Tensor], limit: str | None, masks:
         raise ValueError(f"GROUNDWAVE_KERNELS must be one of {', '.join(MODES)}, found {mode!r}")
     if mode == "torch":
         return False
-    devices = sorted({tensor.device.type for tensor in [*tensors, *masks]})
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
-    problem = None
-    if devices != ["cpu"]:
-        problem = f"needs tensors on the CPU, found {' and '.join(devices)}"
-    elif len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
-        problem = f"needs tensors all float32 or all float64, found {' and '.join(dtypes)}"
+    dtype, problem = tensors[0].dtype, None
+    if not all(tensor.is_cpu for tensor in tensors) or not all(mask.is_cpu for mask in masks):
+        problem = f"needs tensors on the CPU, found {' and '.join(sorted({tensor.device.type for tensor in [*tensors, *masks]}))}"
+    elif dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
+        problem = f"needs tensors all float32 or all float64, found {' and '.join(sorted({str(tensor.dtype) for tensor in tensors}))}"
     elif limit is not None:
         problem = limit
     elif not _is_built(kernel, mode):
@@ -172,18 +171,19 @@ def _is_built(kernel: str, mode: str) -> bool:
     return built
 
 
-def _run(module: str, function: str, name: str, *arguments: Any) -> Any:
-    """Call `cython_ext.<module>.<function>` on NumPy views of the tensors among `arguments`, and count the call under `name`."""
-    result = getattr(cython_ext.kernel(module), function)(*map(_array, arguments))
+def _run(module: str, function: str, name: str, *arguments: Any, **options: Any) -> Any:
+    """Call `cython_ext.<module>.<function>` on NumPy views of the tensors among the arguments, and count the call under `name`."""
+    named = {key: _array(value) for key, value in options.items()}
+    result = getattr(cython_ext.kernel(module), function)(*map(_array, arguments), **named)
     with _lock:
         _calls[name] += 1
     return result
 
 
 def _array(argument: Any) -> Any:
-    if isinstance(argument, (tuple, list)):
-        return tuple(map(_array, argument))
-    return argument.detach().numpy() if isinstance(argument, Tensor) else argument
+    if isinstance(argument, Tensor):
+        return (argument.detach() if argument.requires_grad else argument).numpy()
+    return tuple(map(_array, argument)) if isinstance(argument, (tuple, list)) else argument
 
 
 def _differentiable(op: Any, differentiate: Callable[..., Any], save: Callable[..., None]) -> Callable[..., Any]:
@@ -203,12 +203,28 @@ def _differentiable(op: Any, differentiate: Callable[..., Any], save: Callable[.
     class Function(torch.autograd.Function):
         forward, setup_context, backward, vmap = map(staticmethod, (op, save, differentiate, loop))
 
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = op(*arguments)
+            save(ctx, arguments, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
     def call(*arguments: Any) -> Any:
-        return (Function.apply if torch._C._are_functorch_transforms_active() else op)(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return Function.apply(*arguments)
+        return (Recorded.apply if _recorded() else op)(*arguments)
 
     op.register_autograd(differentiate, setup_context=save)
     op.register_vmap(loop)
     return call
+
+
+def _recorded() -> bool:
+    """Whether autograd records call by call, where an autograd.Function costs half of what an op's own gradient does."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 _ARRAYS = "Tensor update, Tensor dt_a, Tensor? dt_b, Tensor transition, Tensor weight, Tensor bias, Tensor? initial_state"
