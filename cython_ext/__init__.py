@@ -12,7 +12,7 @@ from types import ModuleType
 
 from cython_ext.threads import get_num_threads, set_num_threads
 
-KERNELS = ("selective_scan", "delta_rule", "dense", "wkv", "cms", "wave", "wavecore_engine", "lam_engine", "mamba_step")
+KERNELS = ("selective_scan", "delta_rule", "dense", "wkv", "cms", "wave", "wavecore_engine", "lam_engine", "mamba_step", "xla_ffi")
 
 __all__ = ["KERNELS", "get_num_threads", "is_built", "kernel", "set_num_threads"]
 

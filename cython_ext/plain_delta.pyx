@@ -21,20 +21,19 @@ import numpy as np
 
 from cython.parallel cimport prange, threadid
 
-from cython_ext.algebra cimport dot, multiply, real
-from cython_ext.clones cimport cloned, inlined
+from cython_ext.algebra cimport dot, multiply
+from cython_ext.clones cimport inlined
 
 from cython_ext.checks import plain_arguments
 from cython_ext.threads import one_blas_thread, threads_for
 
 cdef enum:
-    STRIP = 16  # rows of a triangle taken at a time
     WIDE = 32  # columns that the loops over the rows of a strip keep in registers
 
 
 def chunk_tokens(d):
-    """Tokens in a chunk: the fewer, the less there is in the triangles, but products with a wide state want more rows."""
-    return STRIP * min(4, -(-d // 64))
+    """Tokens in a chunk, by the head width."""
+    return tokens_of(d)
 
 
 cdef inlined strip_forward(

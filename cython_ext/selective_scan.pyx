@@ -11,9 +11,9 @@ Source: GroundThink's StableStateSSM. Letters: B batch, L length, N state.
 import numpy as np
 
 from cython.parallel cimport prange
-from libc.math cimport sqrt, sqrtf
 
-from cython_ext.clones cimport cloned, inlined
+from cython_ext.algebra cimport root
+from cython_ext.clones cimport inlined
 
 from cython_ext.checks import MAX_STATE, scan_arguments
 from cython_ext.threads import threads_for
@@ -21,20 +21,8 @@ from cython_ext.threads import threads_for
 cdef enum:
     LIMIT = 256  # MAX_STATE of checks.py, as a constant of C
     LANES = 16  # one AVX-512 register of float32
-    GROUP = 4  # rows of a matrix added at a time: a shorter chain of dependent additions
 
 assert MAX_STATE == LIMIT
-
-ctypedef fused real:
-    float
-    double
-
-
-cdef inline real root(real x) noexcept nogil:
-    if real is float:
-        return sqrtf(x)
-    else:
-        return sqrt(x)
 
 
 cdef inlined clear(real* x) noexcept nogil:

@@ -21,8 +21,8 @@ import numpy as np
 
 from cython.parallel cimport prange, threadid
 
-from cython_ext.algebra cimport multiply, real
-from cython_ext.clones cimport cloned, inlined
+from cython_ext.algebra cimport multiply
+from cython_ext.clones cimport inlined
 from cython_ext.wkv_parts cimport (
     ROWS, add_product, add_scaled, add_scaled_product, fade, read_chunk, score, set_product, take_keys, token, wane,
 )
@@ -30,8 +30,8 @@ from cython_ext.wkv_parts cimport (
 from cython_ext.checks_wkv import wkv_arguments, wkv_step_arguments
 from cython_ext.threads import one_blas_thread, threads_for
 
-CHUNK = 32  # tokens; at P = 128 the products of a chunk are of the size that OpenBLAS multiplies without packing
-SHORT = 2  # tokens up to which one after another is quicker
+CHUNK = CHUNK_TOKENS
+SHORT = SHORT_TOKENS
 
 
 cdef cloned recurrent_head(
@@ -247,7 +247,7 @@ cdef backward_heads(
                       grad_powers, grad_bonus, grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial, head, fresh, gain, threadid())
 
 
-cdef fill_powers(const real[:, ::1] w, double[::1] power, real[:, :, ::1] powers):
+cdef void fill_powers(const real[:, ::1] w, double[::1] power, real[:, :, ::1] powers) noexcept nogil:
     """powers (H, C + 1, P) = w^0 .. w^C, by multiplication in float64: right for zero and for negative w too."""
     cdef Py_ssize_t h, e, i
     for h in range(w.shape[0]):

@@ -67,7 +67,7 @@ def broken_laws(path: str, text: str) -> list[str]:
     if room == "jax_impl":
         law(1, roots & TORCH, "imports torch")
     if room == "cython_ext":
-        law(2, foreign - {"numpy", "scipy", "threadpoolctl", "cython", "libc", "openmp"}, "may import only numpy, scipy and threadpoolctl")
+        law(2, foreign - {"numpy", "scipy", "threadpoolctl", "cython", "cpython", "libc", "openmp"}, "may import only numpy, scipy and threadpoolctl")
     if room == "conf":
         law(2, foreign, "may import only the standard library")
     if part.endswith("_impl/ops"):
