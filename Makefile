@@ -1,11 +1,12 @@
 # make demo   sets everything up, proves parity, trains a language model in both frameworks, shows where to look
 # make test   sets everything up, runs all tests
+# make bench  times every model against its peers, on a machine that does nothing else; writes experiments/results/
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -14,6 +15,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m experiments.bench --output experiments/results
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd)
 	@echo "setting up $(VENV): torch, then groundwave with its extras, then LAM's teacher (a few minutes)"
