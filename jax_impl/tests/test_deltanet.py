@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from conf.models import DeltaNetConfig
+from cython_ext import reference
 from jax_impl.deltanet import DeltaNetLayer, GatedRMSNorm, ShortConvolution
 from jax_impl.functional import DeltaNetModel
 from jax_impl.generate import generate
@@ -114,6 +115,18 @@ def test_the_exact_hierarchical_rule_and_a_chunk_without_valid_tokens() -> None:
         # float64 sums in another order: about 1e-15
         assert relative(o[1:, :, :7], truth) < 1e-13
         assert relative(states[0][1:], last[0]) < 1e-13 and relative(states[1][1:], last[1]) < 1e-13
+
+
+@pytest.mark.parametrize("impl", ["chunked", "recurrent"])
+def test_the_exact_rule_in_bfloat16(impl: str) -> None:
+    """Against the same numbers in float64: the inverse of a chunk is made of products in bfloat16."""
+    inputs = {name: x.astype(jnp.bfloat16) for name, x in arguments(100).items()}
+    o, state = jax.jit(functools.partial(delta_rule, chunk_size=32, impl=impl), compiler_options=QUICK)(**inputs)
+    truth = reference.delta_rule.forward(**{name: np.asarray(x, np.float64) for name, x in inputs.items()})
+    assert o.dtype == state.dtype == jnp.bfloat16
+    for found, exact in zip((o, state), truth, strict=True):
+        # a rounding is 2**-9, and some tens of them meet
+        assert np.linalg.norm(np.asarray(found, np.float64) - exact) <= 30 * 2.0**-9 * np.linalg.norm(exact)
 
 
 def test_gradients_at_zero_are_zero() -> None:
