@@ -96,13 +96,3 @@ cdef inline real inverse_norm(const real* x, Py_ssize_t n) noexcept nogil:
     """1 / max(|x|, 1e-12)."""
     cdef real norm = root(dot(x, x, n))
     return 1 / (norm if not norm < <real> 1e-12 else <real> 1e-12)
-
-
-cdef inline real silu_dot(real* x, const real* bias, const real* weight, Py_ssize_t n) noexcept nogil:
-    """silu(x + bias) @ weight; x is overwritten."""
-    cdef Py_ssize_t i
-    # x = (x + bias) / (1 + np.exp(-(x + bias)))
-    for i in range(n):
-        x[i] += bias[i]
-        x[i] *= sigmoid(x[i])
-    return dot(x, weight, n)

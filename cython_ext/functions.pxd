@@ -5,7 +5,7 @@
 from libc.math cimport erf, exp, log1p, tanh
 from libc.stdint cimport uint32_t
 
-from cython_ext.algebra cimport real
+from cython_ext.algebra cimport dot, real
 from cython_ext.clones cimport inlined
 
 cdef union Word:
@@ -112,3 +112,15 @@ cdef inline inlined softplus(real x, real* out) noexcept nogil:
         t = <float> 2 * (z + z * square * (<float> (1.0 / 3) + square * (<float> (1.0 / 5) + square * (<float> (1.0 / 7) + square * (
             <float> (1.0 / 9) + square * (<float> (1.0 / 11) + square * (<float> (1.0 / 13) + square * <float> (1.0 / 15))))))))
     out[0] = (x if x > 0 else <real> 0) + t
+
+
+cdef inline real silu_dot(real* x, const real* bias, const real* weight, Py_ssize_t n) noexcept nogil:
+    """silu(x + bias) @ weight; x is overwritten."""
+    cdef Py_ssize_t i
+    cdef real e
+    # x = (x + bias) / (1 + np.exp(-(x + bias)))
+    for i in range(n):
+        x[i] += bias[i]
+        logistic(x[i], &e)
+        x[i] *= e
+    return dot(x, weight, n)

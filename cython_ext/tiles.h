@@ -8,12 +8,13 @@
  * and AVX2 give the same bits. Returns 0, with nothing done, on a processor without either; `tile_kind` says which is used, `tile_choose` changes it.
  *
  * A pass over the block takes one vector of columns in either half of it, since a word of bfloat16 holds one column of each: with AVX-512, 28
- * accumulators of 14 rows, so that each vector of weights that is read serves 14 multiplications. Few rows take two such pairs in a pass. */
+ * accumulators of 14 rows, so that each vector of weights that is read serves 14 multiplications. Few rows take two such pairs in a pass. The
+ * first pass asks for the weights TILE_AHEAD rows on, past the end too: what comes next in memory is the next block. */
 #ifndef GROUNDWAVE_TILES_H
 #define GROUNDWAVE_TILES_H
 #include <stddef.h>
 
-enum { TILE_ROWS = 14, TILE_FEW = 6 };
+enum { TILE_ROWS = 14, TILE_FEW = 6, TILE_AHEAD = 32 };
 enum tile_kinds { TILE_NONE, TILE_AVX2, TILE_AVX512 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -36,6 +37,10 @@ static int tile_best(void) {
     low[p] = _mm256_castsi256_ps(_mm256_slli_epi32(word, 16)); \
     high[p] = _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32(-65536)));
 
+#define TILE_WIDE_BYTES 256
+#define TILE_HALF_AVX512_BYTES 128
+#define TILE_HALF_AVX2_BYTES 128
+
 #define TILE_LOOPS(name, isa, most, scalar, vector, words, mm, kind, READ) \
     __attribute__((target(isa), always_inline)) static inline void name##_rows( \
         const int rows, const int pairs, ptrdiff_t columns, ptrdiff_t inner, const scalar* a, ptrdiff_t step, const void* block, scalar* out) { \
@@ -45,6 +50,9 @@ static int tile_best(void) {
             _Pragma("GCC unroll 2") for (int p = 0; p < pairs; p++) \
                 _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++) first[p][r] = second[p][r] = mm##_setzero_##kind(); \
             for (ptrdiff_t i = 0; i < inner; i++) { \
+                if (at == 0) \
+                    for (int line = 0; line < READ##_BYTES; line += 64) \
+                        __builtin_prefetch((const char*)block + (i + TILE_AHEAD) * READ##_BYTES + line); \
                 _Pragma("GCC unroll 2") for (int p = 0; p < pairs; p++) { READ(mm, kind, scalar, words, at + p * lanes, gap) } \
                 _Pragma("GCC unroll 14") for (int r = 0; r < rows; r++) { \
                     vector x = mm##_set1_##kind(a[r * step + i]); \
