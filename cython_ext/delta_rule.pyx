@@ -19,16 +19,13 @@ import numpy as np
 
 from cython.parallel cimport prange, threadid
 
-from cython_ext.algebra cimport LANES, add_products, clamped, folded, inverse_norm, multiply, real, root, sigmoid, solve
-from cython_ext.clones cimport cloned, inlined
+from cython_ext.algebra cimport LANES, add_products, clamped, folded, inverse_norm, multiply, root, sigmoid, solve
+from cython_ext.clones cimport inlined
 from cython_ext.functions cimport silu_dot
 
 from cython_ext.checks import hierarchical_arguments
 from cython_ext.plain_delta import backward, forward
 from cython_ext.threads import one_blas_thread, threads_for
-
-cdef enum:
-    ROWS = 16  # rows of a triangular product taken at a time: what lies above the diagonal beyond them is not computed
 
 WINDOW_BYTES = 1 << 20  # buffers of a window of chunks: they are to stay in cache between the two phases
 
