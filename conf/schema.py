@@ -13,7 +13,7 @@ from typing import Any
 from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
 MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig}
-BACKENDS = ("torch", "torch_compiled", "jax")
+BACKENDS = ("torch", "torch_compiled", "jax", "jax_compiled")
 DTYPES = ("float32", "float64")
 PARTS = ("topics", "docstrings", "source")
 TOKENIZERS = ("bytes", "bpe")

@@ -124,7 +124,7 @@ def _threads(config: TrainConfig) -> None:
     import cython_ext
 
     cython_ext.set_num_threads(config.backend.threads)
-    if config.backend.name != "jax":
+    if config.backend.name in ("torch", "torch_compiled"):
         import torch
 
         torch.set_num_threads(config.backend.threads)

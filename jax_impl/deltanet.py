@@ -22,12 +22,13 @@ from jax import Array
 from conf.models import DeltaNetConfig
 from jax_impl.generate import generate
 from jax_impl.layers import Frozen, linear
+from jax_impl.ops import compiled
 from jax_impl.ops.delta_rule import delta_rule, hierarchical_delta_rule, l2norm
 from jax_impl.ops.normalise import rms_norm
 from jax_impl.ops.short_conv import causal_conv, short_conv
 from jax_impl.state import State, check_states, check_token_ids
 
-IMPLS = ("recurrent", "chunked")
+IMPLS = ("recurrent", "chunked", "compiled")
 RULES = {"hierarchical": "lam", "plain": "exact"}  # the rule and its transform unless another is asked for
 CONVS = ("same", "causal")
 
@@ -82,7 +83,10 @@ class PlainRule(nnx.Module):
 
     def __call__(self, q: Array, k: Array, v: Array, beta: Array, state: Array | None) -> tuple[Array, Array]:
         """q, k, v (B, H, L, d), beta (B, H, L), state (B, H, d, d) or None. Returns o (B, H, L, d) and the last state."""
-        return delta_rule(l2norm(q), l2norm(k), v, beta, state, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
+        arguments = (l2norm(q), l2norm(k), v, beta, state)
+        if self.impl == "compiled":
+            return compiled.delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform)
+        return delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
 
 
 class HierarchicalRule(nnx.Module):
@@ -212,7 +216,7 @@ class DeltaNetBlock(nnx.Module):
 
 
 class DeltaNetLM(nnx.Module):
-    """Causal language model on the plain delta rule, with a state of constant size. `impl` is "recurrent" or "chunked".
+    """Causal language model on the plain delta rule, with a state of constant size. `impl` is "recurrent", "chunked" or "compiled".
 
     `remat` recomputes each block in the backward pass instead of keeping what it computed.
     """

@@ -56,8 +56,8 @@ class GroundedMamba(nnx.Module):
     """Causal language model with a state of constant size.
 
     `GroundedMamba(config, rngs=...)` or `GroundedMamba(vocab_size=..., dim=..., rngs=...)` with the other fields at their defaults.
-    `impl` is "recurrent" (the readable truth) or "chunked" (WKV by matrix products). `remat` recomputes each block in the
-    backward pass instead of keeping what it computed.
+    `impl` is "recurrent" (the readable truth), "chunked" (WKV by matrix products) or "compiled" (both recurrences by Cython kernels).
+    `remat` recomputes each block in the backward pass instead of keeping what it computed.
     """
 
     def __init__(

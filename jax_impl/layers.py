@@ -20,7 +20,7 @@ from jax_impl.ops.normalise import head_norm
 from jax_impl.ops.selective_scan import selective_scan, spectral_bound
 from jax_impl.ops.wkv import wkv
 
-IMPLS = ("recurrent", "chunked")
+IMPLS = ("recurrent", "chunked", "compiled")
 
 
 class Frozen(nnx.Variable):
@@ -35,7 +35,7 @@ class StableStateSSM(nnx.Module):
     """Selective state space with a bounded transition and a normalised state."""
 
     def __init__(self, config: GroundedMambaConfig, impl: str, *, rngs: nnx.Rngs) -> None:
-        self.config, self.impl = config, "recurrent"
+        self.config, self.impl = config, "compiled" if impl == "compiled" else "recurrent"
         noise = jax.random.normal(rngs.params(), (config.ssm_dim, config.ssm_dim), jnp.float32)
         self.A = nnx.Param(-0.1 * jnp.eye(config.ssm_dim, dtype=jnp.float32) + 0.01 * noise)
         small = nnx.initializers.normal(0.01)

@@ -17,15 +17,17 @@ BACKENDS = {
     "torch": (("torch",), "groundwave[torch]"),
     "torch_compiled": (("torch",), "groundwave[torch]"),
     "jax": (("jax", "flax"), "groundwave[jax]"),
+    "jax_compiled": (("jax", "flax"), "groundwave[jax]"),
     "cython": ((), "groundwave"),
 }
 
 # Model -> backends, each with the compiled kernels that it runs.
 MODELS: dict[str, dict[str, tuple[str, ...]]] = {
     "grounded_mamba": {
-        "torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": (), "cython": ("dense", "selective_scan", "wkv", "mamba_step"),
+        "torch": (), "torch_compiled": ("selective_scan", "wkv"), "jax": (), "jax_compiled": ("selective_scan", "wkv", "xla_ffi"),
+        "cython": ("dense", "selective_scan", "wkv", "mamba_step"),
     },
-    "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": ()},
+    "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "jax_compiled": ("delta_rule", "xla_ffi")},
     "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule", "dense", "lam_engine")},
     "wavecore": {"torch": (), "torch_compiled": ("cms",), "jax": (), "cython": ("wavecore_engine",)},
 }
@@ -49,11 +51,11 @@ def build(
 
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
-    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels), "jax" or, for all but
-    "deltanet_lm", "cython" (a compiled engine without a framework: NumPy, no gradients). arrays: flat dict, torch names -> NumPy arrays,
-    copied; initial weights from `seed` when None. dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore,
-    needed unless its configuration is sized, and of no other model. weights: "bfloat16" for an engine that stores its weights so and computes
-    in float32.
+    config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels), "jax", "jax_compiled"
+    (likewise, on a CPU, for "grounded_mamba" and "deltanet_lm") or, for all but "deltanet_lm", "cython" (a compiled engine without a
+    framework: NumPy, no gradients). arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from `seed` when None.
+    dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore, needed unless its configuration is sized, and
+    of no other model. weights: "bfloat16" for an engine that stores its weights so and computes in float32.
 
     The model has `.config` (a WaveCore's is sized), `.arrays()`, and `.module` (torch) or `.model` and `.variables` (JAX); a language model
     `.generate` and `.init_states` besides, GroundedMamba `.update_memory` (not on "cython"), WaveCore `.step`, `.rollout`, `.init_state`,
@@ -70,10 +72,10 @@ def build(
     if weights is not None and (name, backend) not in ENGINES:
         raise ValueError(f"weights={weights!r}: only an engine without a framework takes weights, which {name!r} on {backend!r} is not")
     checked = check(name, config, init_arrays(name, config, seed) if arrays is None else arrays, dtype)
-    if backend == "jax":
+    if backend in ("jax", "jax_compiled"):
         from runtime import jax_backend
 
-        return jax_backend.MODELS[name](config, checked, dtype)
+        return jax_backend.MODELS[name](config, checked, backend, dtype)
     if (name, backend) in ENGINES:
         from runtime import cython_backend
 

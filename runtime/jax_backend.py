@@ -16,6 +16,8 @@ from jax_impl.state import CoreState, check_core, check_mask, check_states, chec
 from runtime import core_state
 from runtime.arrays import layout
 
+_OPTIONS: dict[str, dict[str, str]] = {"jax": {}, "jax_compiled": {"impl": "compiled"}}
+
 
 class JaxModel:
     """What every model has: `model`, the functional object, and its `variables`; one compilation per configuration and shape of the input.
@@ -26,13 +28,12 @@ class JaxModel:
     name: str
     kind: Callable[..., Any]
     static: str | tuple[str, ...] = "return_aux"
-    backend = "jax"
 
-    def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], dtype: str) -> None:
+    def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], backend: str, dtype: str) -> None:
         """`arrays` complete and checked."""
-        self.config, self.dtype = config, dtype
+        self.config, self.backend, self.dtype = config, backend, dtype
         with self._x64():
-            self.model, self._apply = _compiled(self.kind, config, dtype, self.static)
+            self.model, self._apply = _compiled(self.kind, config, dtype, self.static, backend)
             self.variables = self.model.variables(dict(arrays))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -53,8 +54,8 @@ class JaxModel:
 class JaxLanguageModel(JaxModel):
     """A causal language model with states: token ids in, logits and states out."""
 
-    def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], dtype: str) -> None:
-        super().__init__(config, arrays, dtype)
+    def __init__(self, config: Any, arrays: Mapping[str, np.ndarray], backend: str, dtype: str) -> None:
+        super().__init__(config, arrays, backend, dtype)
         with self._x64():
             self._shapes = self.model.merge(self.variables).state_shapes
 
@@ -212,9 +213,11 @@ MODELS: dict[str, type[JaxModel]] = {model.name: model for model in (JaxGrounded
 
 
 @lru_cache(maxsize=16)
-def _compiled(kind: Callable[..., Any], config: Any, dtype: str, static: str | tuple[str, ...]) -> tuple[Any, Callable[..., Any]]:
+def _compiled(
+    kind: Callable[..., Any], config: Any, dtype: str, static: str | tuple[str, ...], backend: str = "jax"
+) -> tuple[Any, Callable[..., Any]]:
     """The functional model, which holds no weights, and its jitted `apply`: a second model of the same sizes compiles nothing."""
-    model = kind(config, dtype=dtype)
+    model = kind(config, dtype=dtype, **_OPTIONS[backend])
     return model, jax.jit(model.apply, static_argnames=static)
 
 

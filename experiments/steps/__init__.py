@@ -12,7 +12,7 @@ __all__ = ["StepResult", "TrainStep", "make"]
 
 def make(model: Any, config: TrainConfig) -> TrainStep:
     """The step for a model that `runtime.build` made; imports only that backend's framework."""
-    if config.backend.name == "jax":
+    if config.backend.name in ("jax", "jax_compiled"):
         from experiments.steps.jax_step import JaxStep
 
         return JaxStep(model, config)

@@ -57,7 +57,7 @@ class Functions:
     @classmethod
     def of(cls, function: Any, params: Any, config: TrainConfig) -> Functions:
         """The functions for a model's functional face, its parameters' structure and the parts of the configuration that are compiled in."""
-        key = repr((function.config, config.backend.dtype, config.loss, config.optimiser, config.training.accumulation))
+        key = repr((function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, config.training.accumulation))
         if key not in cls._made:
             cls._made[key] = cls(function, params, config)
         return cls._made[key]

@@ -28,7 +28,7 @@ CORES = [name for name in GROUPS["model"] if name.startswith("wavecore")]
 
 def test_tree_is_found() -> None:
     assert set(GROUPS) == {"model", "backend", "data", "tracker", "launcher", "experiment"}
-    assert GROUPS["backend"] == ["jax", "torch", "torch_compiled"] and "smoke" in GROUPS["experiment"]
+    assert GROUPS["backend"] == ["jax", "jax_compiled", "torch", "torch_compiled"] and "smoke" in GROUPS["experiment"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)

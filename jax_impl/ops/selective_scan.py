@@ -37,10 +37,14 @@ def selective_scan(
 
     update (B, L, N); dt_a (B, L); dt_b (B, L) or None for 1; transition (N, N); weight, bias (N,) of the LayerNorm;
     initial_state (B, N) or None for zeros. Returns the states of all tokens (B, L, N) and the last one (B, N).
-    One `lax.scan`, compiled once whatever L is. Raises ValueError for another `impl`.
+    One `lax.scan`, compiled once whatever L is; `impl="compiled"` runs the Cython kernel. Raises ValueError for another `impl`.
     """
+    if impl == "compiled":
+        from jax_impl.ops import compiled
+
+        return compiled.selective_scan(update, dt_a, dt_b, transition, weight, bias, initial_state, eps=eps)
     if impl != "recurrent":
-        raise ValueError(f"impl of selective_scan must be 'recurrent', found {impl!r}")
+        raise ValueError(f"impl of selective_scan must be 'recurrent' or 'compiled', found {impl!r}")
     state = jnp.zeros_like(update[:, 0]) if initial_state is None else initial_state  # (B, N)
     driven = update if dt_b is None else dt_b[..., None] * update  # (B, L, N)
 

@@ -23,14 +23,19 @@ def wkv(
     """Read and write the memory along L.
 
     r, k, v (B, L, H, P); decay w and u (H, P); initial_state (B, H, P, P) or None for zeros. Returns y (B, L, H, P) and the last
-    state. Under "direct" decays w may be zero, negative or above one. Raises ValueError for an unknown `time_first` or `impl`.
+    state. Under "direct" decays w may be zero, negative or above one. `impl="compiled"` runs the Cython kernel. Raises ValueError for an
+    unknown `time_first` or `impl`.
     """
     if time_first not in TIME_FIRSTS:
         raise ValueError(f"time_first must be 'bonus' or 'gain', found {time_first!r}")
-    if impl not in ("recurrent", "chunked"):
-        raise ValueError(f"impl of wkv must be 'recurrent' or 'chunked', found {impl!r}")
+    if impl not in ("recurrent", "chunked", "compiled"):
+        raise ValueError(f"impl of wkv must be 'recurrent', 'chunked' or 'compiled', found {impl!r}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
+    if impl == "compiled":
+        from jax_impl.ops import compiled
+
+        return compiled.wkv(r, k, v, w, u, initial_state, time_first=time_first, chunk_size=chunk_size)
     if initial_state is None:
         initial_state = jnp.zeros((r.shape[0], *r.shape[2:], r.shape[3]), r.dtype)
     if impl == "chunked" and r.shape[1] > 1:

@@ -236,7 +236,7 @@ def test_the_learned_gate_is_trained_only_without_an_output_gate() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"rule": "linear"}, "rule must be one of 'hierarchical', 'plain', found 'linear'"),
     ({"conv": "valid"}, "conv must be one of 'same', 'causal', found 'valid'"),
-    ({"impl": "compiled"}, "impl must be one of 'recurrent', 'chunked', found 'compiled'"),
+    ({"impl": "fused"}, "impl must be one of 'recurrent', 'chunked', 'compiled', found 'fused'"),
     ({"heads": 4}, "dim must be divisible by heads, found dim=15 and heads=4"),
     ({"conv": "causal"}, "conv must be 'same' with rule='hierarchical', found 'causal'"),
 ])

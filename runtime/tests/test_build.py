@@ -188,7 +188,7 @@ def test_strict_arrays(backend):
 
 @pytest.mark.parametrize("backend_name", ["numpy", "tensorflow"])
 def test_unknown_backend_names_those_there_are(backend_name):
-    with pytest.raises(ValueError, match=f"must be one of 'torch', 'torch_compiled', 'jax', 'cython', found '{backend_name}'"):
+    with pytest.raises(ValueError, match=f"must be one of 'torch', 'torch_compiled', 'jax', 'jax_compiled', 'cython', found '{backend_name}'"):
         runtime.build(NAME, CONFIG, backend=backend_name)
 
 

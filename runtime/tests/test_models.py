@@ -102,7 +102,8 @@ def test_language_models_agree_stream_and_generate_alike():
 
 
 def test_deltanet_lm_has_no_engine():
-    with pytest.raises(ValueError, match=r"backend of 'deltanet_lm' must be one of 'torch', 'torch_compiled', 'jax', found 'cython'$"):
+    message = r"backend of 'deltanet_lm' must be one of 'torch', 'torch_compiled', 'jax', 'jax_compiled', found 'cython'$"
+    with pytest.raises(ValueError, match=message):
         runtime.build("deltanet_lm", LM, "cython")
 
 
