@@ -25,11 +25,13 @@ from cython_ext.tests.examples import (
     wkv_arguments,
     wkv_cotangents,
 )
+from cython_ext.tests.test_wavecore_backward import ways_back, ways_there
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [shape for shape in SHAPES if shape[1] * shape[2] < 4000]
 SMALL_DELTA = [shape for shape in DELTA_SHAPES if shape[2] * shape[3] < 4000]
 SMALL_PLAIN = [shape for shape in PLAIN_SHAPES if shape[2] * shape[3] < 7000]
+SMALL_CMS = [(1, 1, 1, 1), (3, 9, 33, 5), (2, 5, 17, 16)]
 SMALL_WKV = [shape for shape in WKV_SHAPES if shape[1] * shape[3] < 4000]
 
 # Runs the copy of the package found on the path over every small example; an error of a check inside a loop cannot be raised there, only
@@ -47,7 +49,11 @@ import cython_ext
 scan, delta, wkv = cython_ext.selective_scan, cython_ext.delta_rule, cython_ext.wkv
 results = {}
 for case, given in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
-    if case.startswith("wkv"):
+    if case.startswith("cms") or case.startswith("wave"):
+        module, name = case.split()[:2]
+        outputs = getattr(getattr(cython_ext, module), name)(*given[0], **given[1])
+        results[case] = list(given[0] if outputs is None else outputs)  # a write changes what it is given
+    elif case.startswith("wkv"):
         results[case] = [*wkv.forward(*given[2:]), *wkv.backward(*given)]
     elif isinstance(given, list):
         states = scan.forward(*given[1:], 1e-5)
@@ -85,6 +91,9 @@ def test_debug_build_trips_no_check_and_gives_the_bits_of_the_release(tmp_path):
         for case, shape in enumerate(SMALL_WKV):
             arrays, time_first = wkv_arguments(shape, dtype, case % 2 == 0, "direct"), ("bonus", "gain")[case % 3 % 2]
             given[f"wkv {shape} {dtype}"] = (*wkv_cotangents(shape, dtype), *arrays.values(), time_first)
+        for shape in SMALL_CMS:
+            for module, name, arrays, options in (*ways_there(shape, dtype), *ways_back(shape, dtype)):
+                given[f"{module} {name} {shape} {dtype}"] = list(arrays.values()), options
     (tmp_path / "given").write_bytes(pickle.dumps(given))
     done, files = {}, {}
     for name, path in (("debug", tmp_path / "lib"), ("release", Path(cython_ext.__file__).parents[1])):

@@ -187,10 +187,10 @@ def test_twins_share_signature_and_docstring():
         assert str(inspect.signature(kernel)) == str(inspect.signature(twin))
 
 
-def calls(shape=(3, 7, 12, 5), dtype="float64"):
-    """(module, function, arguments, options) of every way back."""
+def ways_back(shape=(3, 7, 12, 5), dtype="float64"):
+    """(module, function, arguments, options) of every way back; the wave has the batch of `shape` and its width as channels."""
     rule = dict(decay=0.1, rule="least_salient", threshold=0.5)
-    waves = waving((3, 4, 5, 2), dtype)
+    waves = waving((shape[0], 4, shape[2], 2), dtype)
     cut = {name: array[:, 0] if name in ("grad_y", "u", "dt", "b", "c") else array for name, array in waves.items()}
     return [
         ("cms", "read_backward", reading(shape, True, dtype), {}), ("cms", "write_backward", writing(shape, False, dtype=dtype), rule),
@@ -199,11 +199,19 @@ def calls(shape=(3, 7, 12, 5), dtype="float64"):
     ]
 
 
+def ways_there(shape, dtype):
+    """The same of what they are the ways back of."""
+    return [
+        (module, name.removesuffix("_backward"), dict(list(arguments.items())[2:]), options)
+        for module, name, arguments, options in ways_back(shape, dtype)
+    ]
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_same_bits_and_nothing_given_is_changed(room, layout, dtype):
-    for module, name, arguments, options in calls(dtype=dtype):
+    for module, name, arguments, options in ways_back(dtype=dtype):
         function, before = getattr(getattr(room, module), name), {name: array.copy() for name, array in arguments.items()}
         plain = function(*arguments.values(), **options)
         laid = [LAYOUTS[layout](array) if array.ndim else array for array in arguments.values()]
@@ -213,9 +221,9 @@ def test_any_layout_gives_the_same_bits_and_nothing_given_is_changed(room, layou
 
 @BOTH
 def test_buffers_full_of_nan_change_nothing(room, monkeypatch):
-    expected = [getattr(getattr(room, module), name)(*arguments.values(), **options) for module, name, arguments, options in calls()]
+    expected = [getattr(getattr(room, module), name)(*arguments.values(), **options) for module, name, arguments, options in ways_back()]
     poisoned = poisoned_buffers(monkeypatch)
-    for (module, name, arguments, options), exact in zip(calls(), expected, strict=True):
+    for (module, name, arguments, options), exact in zip(ways_back(), expected, strict=True):
         assert same_bits(getattr(getattr(room, module), name)(*arguments.values(), **options), exact)
     assert poisoned
 
@@ -247,7 +255,7 @@ def test_chosen_rows_are_taken(room):
 
 def test_nan_stays_nan():
     for room in (cython_ext, reference):
-        for module, name, arguments, options in calls():
+        for module, name, arguments, options in ways_back():
             arguments[next(iter(arguments))][0] = np.nan
             assert np.isnan(getattr(getattr(room, module), name)(*arguments.values(), **options)[0][0]).any()
 
@@ -277,16 +285,16 @@ BAD = [
     (2, "grad_keys", lambda a: None, TypeError, "grad_keys must be a NumPy array without a mask, found NoneType"),
     (2, "norms", lambda a: a[:, :3], ValueError, r"norms must have shape \(B, n\) = \(3, 7\), found \(3, 3\)"),
     (2, "scale", lambda a: np.ones(2), ValueError, r"scale must have shape \(\) = \(\), found \(2,\)"),
-    (3, "u", lambda a: a[:, :0], ValueError, r"u must have shape \(B, L, I\) with no axis empty, found \(3, 0, 5\)"),
-    (3, "grad_y", lambda a: a[:, :1], ValueError, r"grad_y must have shape \(B, L, I\) = \(3, 4, 5\), found \(3, 1, 5\)"),
-    (4, "grad_h", lambda a: a[..., :1], ValueError, r"grad_h must have shape \(B, I, S\) = \(3, 5, 2\), found \(3, 5, 1\)"),
-    (4, "u", lambda a: a[:0], ValueError, r"u must have shape \(B, I\) with no axis empty, found \(0, 5\)"),
+    (3, "u", lambda a: a[:, :0], ValueError, r"u must have shape \(B, L, I\) with no axis empty, found \(3, 0, 12\)"),
+    (3, "grad_y", lambda a: a[:, :1], ValueError, r"grad_y must have shape \(B, L, I\) = \(3, 4, 12\), found \(3, 1, 12\)"),
+    (4, "grad_h", lambda a: a[..., :1], ValueError, r"grad_h must have shape \(B, I, S\) = \(3, 12, 2\), found \(3, 12, 1\)"),
+    (4, "u", lambda a: a[:0], ValueError, r"u must have shape \(B, I\) with no axis empty, found \(0, 12\)"),
 ]
 
 
 @BOTH
 @pytest.mark.parametrize(("call", "argument", "spoil", "error", "message"), BAD)
 def test_bad_input_is_refused_by_name(room, call, argument, spoil, error, message):
-    module, name, arguments, options = calls()[call]
+    module, name, arguments, options = ways_back()[call]
     with pytest.raises(error, match=message):
         getattr(getattr(room, module), name)(*{**arguments, argument: spoil(arguments[argument])}.values(), **options)
