@@ -1,12 +1,13 @@
 # make demo   sets everything up, proves parity, trains a language model in both frameworks, shows where to look
 # make test   sets everything up, runs all tests
+# make mutations  injects every porting bug; `make test` injects twelve for each model
 # make bench  times every model against its peers, on a machine that does nothing else; writes experiments/results/
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test mutations bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -16,8 +17,11 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+mutations: $(VENV)/.ready
+	$(BIN)/python -m pytest --all-mutations $(wildcard parity_tests/test_mutations*.py)
+
 bench: $(VENV)/.ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnx onnxscript onnxruntime
 	$(BIN)/python -m experiments.bench --output experiments/results
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd)

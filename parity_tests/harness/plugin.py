@@ -7,7 +7,8 @@
         parity.check()
 
 The function may be a bare `...`: `check` is called after it. As a plugin (entry point `parity`, loaded by itself) the module
-adds `--parity-json FILE`, one report of every case that ran. A case runs tier by tier as its tests do, over one recorded reference.
+adds `--parity-json FILE`, one report of every case that ran, and `--all-mutations`, which runs those too that a test file keeps for it.
+A case runs tier by tier as its tests do, over one recorded reference.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import pytest
 from .battery import TIERS, Battery, TierResult
 from .case import Case, CaseError
 from .mutate import Injector, Mutation, run_mutations
+
+ALL_MUTATIONS = "--all-mutations"
 
 _batteries: dict[int, tuple[Case, Battery]] = {}
 
@@ -89,35 +92,51 @@ def parity_case(*cases: Case | Callable[[], Case | Sequence[Case]], tiers: Seque
     return decorate
 
 
-def mutation_tests(*runs: tuple[Case, Sequence[Injector]], healthy: Sequence[Case] = ()) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def mutation_tests(
+    *runs: tuple[Case, Sequence[Injector]], more: Sequence[tuple[Case, Sequence[Injector]]] = (), healthy: Sequence[Case] = ()
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Every injected bug as a test: it has to be noticed, and located at the module where it was put.
 
-        found, test_detected_and_located = mutation_tests((case, injectors), (other_case, other_injectors))
+        found, test_detected_and_located = mutation_tests((case, injectors), (other_case, other_injectors), more=[(case, more_injectors)])
 
-    `found` is the fixture that the test needs, the mutations of the module by name. Those of the cases that are in `healthy` have to hold
-    without a bug first; the others have tests of their own for that. Raises CaseError when two injectors have one name, or when there is none.
+    `found` is the fixture that the test needs, the mutations of the module by name. Those of `more` run with `--all-mutations` only, which is
+    an option of this module as a plugin. Those of the cases that are in `healthy` have to hold without a bug first; the others have tests of
+    their own for that. Raises CaseError when two injectors have one name, or when there is none without `more`.
     """
-    injectors = [injector for _, own in runs for injector in own]
-    names = [injector.name for injector in injectors]
-    if not names or len(set(names)) != len(names):
+    few = [injector for _, own in runs for injector in own]
+    names = [injector.name for _, own in (*runs, *more) for injector in own]
+    if not few or len(set(names)) != len(names):
         raise CaseError(f"mutation_tests needs injectors with names of their own, found {names}")
 
     @pytest.fixture(scope="module")
-    def found() -> dict[str, Mutation]:
-        return {item.name: item for case, own in runs for item in run_mutations(case, own, healthy=case in healthy)}
+    def found(request: pytest.FixtureRequest) -> dict[str, Mutation]:
+        together: dict[int, tuple[Case, list[Injector]]] = {}  # by identity, so that a case is recorded once
+        for case, own in (*runs, *(more if request.config.getoption(ALL_MUTATIONS) else ())):
+            together.setdefault(id(case), (case, []))[1].extend(own)
+        return {item.name: item for case, own in together.values() for item in run_mutations(case, own, healthy=case in healthy)}
 
-    @pytest.mark.parametrize("injector", injectors, ids=[name.replace(" ", "_") for name in names])
     def test(found: dict[str, Mutation], injector: Injector) -> None:
         mutation = found[injector.name]
         assert mutation.detected, "the harness did not notice"
         assert mutation.located == injector.where, mutation.sentence
 
+    test.injectors = {False: few, True: [*few, *(injector for _, own in more for injector in own)]}
     return found, test
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each injected bug, with `--all-mutations` for those too that are kept for it."""
+    injectors = getattr(metafunc.function, "injectors", None)
+    if injectors is not None:
+        chosen = injectors[bool(metafunc.config.getoption(ALL_MUTATIONS))]
+        metafunc.parametrize("injector", chosen, ids=[injector.name.replace(" ", "_") for injector in chosen])
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--parity-json FILE`."""
-    parser.getgroup("parity").addoption("--parity-json", metavar="FILE", default=None, help="write one JSON report of every parity case that ran")
+    """`--parity-json FILE`, `--all-mutations`."""
+    group = parser.getgroup("parity")
+    group.addoption("--parity-json", metavar="FILE", default=None, help="write one JSON report of every parity case that ran")
+    group.addoption(ALL_MUTATIONS, action="store_true", help="inject every porting bug, not only those of each test file's short list")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
