@@ -57,8 +57,6 @@ def native(core, value):
             return jax.numpy.asarray(value)
     if core.backend == "cython":
         return np.array(value)
-    if core.backend == "cython":
-        return np.array(value)
     import torch
 
     return torch.as_tensor(value)

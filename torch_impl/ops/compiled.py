@@ -5,8 +5,7 @@ The environment variable GROUNDWAVE_KERNELS, read at every call (under torch.com
     auto        the kernel where it can, else the torch form: on any device but the CPU, for dtypes other than float32 and float64 or
                 mixed ones, for N above 256, or, with a warning, when the extension is not built. The default
     compiled    the kernel, or a RuntimeError that says why it cannot
-    torch       the torch form: recurrent for the selective scan, chunked for the delta rule and for WKV (in `compiled_wkv`), the only one for
-                the memory and the wave of WaveCore (in `compiled_cms` and `compiled_wave`)
+    torch       the torch form: chunked for the delta rule and WKV (`compiled_wkv`), recurrent for the rest (`compiled_cms`, `compiled_wave`)
 
 Gradients are first-order: differentiating them again raises NotImplementedError. The hierarchical delta rule is forward only: where a
 gradient is wanted or a transform of torch.func is at work, it counts among the kernels that cannot; so does the plain one where the
@@ -206,8 +205,7 @@ def _differentiable(op: Any, differentiate: Callable[..., Any], save: Callable[.
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            output = op(*arguments)
-            save(ctx, arguments, output)
+            save(ctx, arguments, output := op(*arguments))
             return output
 
         backward = staticmethod(differentiate)
