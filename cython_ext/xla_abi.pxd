@@ -5,7 +5,10 @@
 # so that building needs neither jaxlib nor a C++ compiler. Source: https://openxla.org/xla/custom_call.
 
 from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport malloc
 from libc.string cimport memcmp, strlen
+
+from cython_ext.algebra cimport real
 
 cdef enum:
     MAJOR = 0
@@ -17,6 +20,7 @@ cdef enum:
     FLOAT64 = 12
     INVALID = 3  # error codes
     EXHAUSTED = 8
+    MOST = 24  # pieces of scratch memory in a call
 
 cdef struct Extension:
     size_t struct_size
@@ -94,6 +98,11 @@ cdef struct Frame:
     Buffers results
     Attributes attributes
 
+cdef struct Room:  # scratch memory of a call
+    void* held[MOST]
+    int count
+    bint failed
+
 ctypedef Error* (*Handler)(Frame*) noexcept nogil
 
 
@@ -136,3 +145,31 @@ cdef inline double number(Frame* frame, const char* name) noexcept nogil:
     """A float64 attribute; 0 without one."""
     cdef double* value = <double*> attribute(frame, name)
     return 0 if value is NULL else value[0]
+
+
+cdef inline real* given(Frame* frame, int operand, real* kind) noexcept nogil:
+    return <real*> frame.arguments.items[operand].data
+
+
+cdef inline real* made(Frame* frame, int result, real* kind) noexcept nogil:
+    return <real*> frame.results.items[result].data
+
+
+cdef inline real* scratch(Room* room, Py_ssize_t entries, real* kind) noexcept nogil:
+    """New memory for `entries`, which the end of the call frees; NULL, and `room.failed`, where there is none."""
+    cdef void* memory = malloc(entries * sizeof(real))
+    room.failed = room.failed or memory is NULL
+    room.held[room.count] = memory
+    room.count += 1
+    return <real*> memory
+
+
+cdef inline void add_rows(const double* rows, Py_ssize_t count, Py_ssize_t n, real* out) noexcept nogil:
+    cdef Py_ssize_t row, i
+    cdef double total
+    # out = rows.sum(0)
+    for i in range(n):
+        total = rows[i]
+        for row in range(1, count):
+            total += rows[row * n + i]
+        out[i] = <real> total

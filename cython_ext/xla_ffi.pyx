@@ -29,7 +29,7 @@ import numpy as np
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport int64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from cython_ext cimport plain_delta, selective_scan, wkv
@@ -37,7 +37,9 @@ from cython_ext.algebra cimport real
 from cython_ext.blas_threads cimport enter, leave
 from cython_ext.views cimport adopt, view1, view2, view3, view4
 from cython_ext.wkv_parts cimport ROWS
-from cython_ext.xla_abi cimport EXECUTE, EXHAUSTED, FLOAT32, FLOAT64, INVALID, Error, Frame, Handler, answered, number, refusal, size, whole
+from cython_ext.xla_abi cimport (
+    EXECUTE, EXHAUSTED, FLOAT32, FLOAT64, INVALID, Error, Frame, Handler, Room, add_rows, answered, given, made, number, refusal, scratch, size, whole,
+)
 
 from cython_ext import threads as limits
 
@@ -45,7 +47,6 @@ NAMES = ("selective_scan", "selective_scan_backward", "wkv", "wkv_backward", "de
 
 cdef enum:
     SCAN, SCAN_BACK, WKV, WKV_BACK, DELTA, DELTA_BACK, KERNELS  # NAMES, and how many
-    MOST = 24  # pieces of scratch memory in a call
 
 cdef double[::1] owner = np.zeros(1)
 adopt(owner)
@@ -58,70 +59,22 @@ cdef int[KERNELS] operands, results
 operands[:] = [7, 9, 6, 8, 5, 7]
 results[:] = [1, 7, 2, 6, 2, 5]
 
-cdef struct Room:  # scratch memory of a call
-    void* held[MOST]
-    int count
-    bint failed
-
-
 cdef inline int threads_for(Py_ssize_t rows, Py_ssize_t work) noexcept nogil:
     """`threads.threads_for`."""
     cdef int64_t most = chosen_threads[0] if chosen_threads[0] else default_threads
     return 1 if work < serial else <int> min(most, <int64_t> rows)
 
 
-cdef inline real* given(Frame* frame, int operand, real* kind) noexcept nogil:
-    return <real*> frame.arguments.items[operand].data
-
-
-cdef inline real* made(Frame* frame, int result, real* kind) noexcept nogil:
-    return <real*> frame.results.items[result].data
-
-
-cdef inline real* scratch(Room* room, Py_ssize_t entries, real* kind) noexcept nogil:
-    """New memory for `entries`; one entry, and `room.failed`, where there is none."""
-    cdef void* memory = malloc(entries * sizeof(real))
-    room.failed = room.failed or memory is NULL
-    room.held[room.count] = memory
-    room.count += 1
-    return <real*> memory
-
-
-cdef inline Py_ssize_t padded_rows(Py_ssize_t n) noexcept nogil:
-    return (n + selective_scan.GROUP - 1) // selective_scan.GROUP * selective_scan.GROUP
-
-
-cdef inline void fill_padded(const real* matrix, Py_ssize_t n, bint turned, real* rows) noexcept nogil:
-    """`selective_scan.padded` of `matrix` (n, n) or of its transpose."""
-    cdef Py_ssize_t i, j
-    # rows[:n] = matrix.T if turned else matrix; rows[n:] = 0
-    for i in range(n):
-        for j in range(n):
-            rows[i * n + j] = matrix[j * n + i] if turned else matrix[i * n + j]
-    memset(rows + n * n, 0, (padded_rows(n) - n) * n * sizeof(real))
-
-
-cdef inline void add_rows(const double* rows, Py_ssize_t count, Py_ssize_t n, real* out) noexcept nogil:
-    cdef Py_ssize_t row, i
-    cdef double total
-    # out = rows.sum(0)
-    for i in range(n):
-        total = rows[i]
-        for row in range(1, count):
-            total += rows[row * n + i]
-        out[i] = <real> total
-
-
 cdef void scan(Frame* frame, Room* room, real* kind) noexcept nogil:
     """update, dt_a, dt_b, transition, weight, bias, initial_state; "scaled" is 0 where dt_b is None. To states."""
-    cdef Py_ssize_t batch = size(frame, 0, 0), length = size(frame, 0, 1), n = size(frame, 0, 2), full = padded_rows(n), row
+    cdef Py_ssize_t batch = size(frame, 0, 0), length = size(frame, 0, 1), n = size(frame, 0, 2), full = selective_scan.padded_rows(n), row
     cdef int threads = threads_for(batch, batch * length * n * n)
     cdef bint scaled = whole(frame, "scaled")
     cdef real eps = <real> number(frame, "eps")
     cdef real* turned = scratch(room, full * n, kind)
     if room.failed:
         return
-    fill_padded(given(frame, 3, kind), n, True, turned)
+    selective_scan.fill_padded(given(frame, 3, kind), n, True, turned)
     cdef real[:, :, ::1] update = view3(given(frame, 0, kind), batch, length, n), states = view3(made(frame, 0, kind), batch, length, n)
     cdef real[:, ::1] dt_a = view2(given(frame, 1, kind), batch, length), dt_b = view2(given(frame, 2, kind), batch, length)
     cdef real[:, ::1] transposed = view2(turned, full, n), start = view2(given(frame, 6, kind), batch, n)
@@ -133,7 +86,7 @@ cdef void scan(Frame* frame, Room* room, real* kind) noexcept nogil:
 
 cdef void scan_back(Frame* frame, Room* room, real* kind) noexcept nogil:
     """grad_states, the operands of `scan`, states. To the gradient of every operand of `scan`; zeros for dt_b where it is None."""
-    cdef Py_ssize_t batch = size(frame, 0, 0), length = size(frame, 0, 1), n = size(frame, 0, 2), full = padded_rows(n), row
+    cdef Py_ssize_t batch = size(frame, 0, 0), length = size(frame, 0, 1), n = size(frame, 0, 2), full = selective_scan.padded_rows(n), row
     cdef int threads = threads_for(batch, 3 * batch * length * n * n)
     cdef bint scaled = whole(frame, "scaled")
     cdef real eps = <real> number(frame, "eps")
@@ -142,8 +95,8 @@ cdef void scan_back(Frame* frame, Room* room, real* kind) noexcept nogil:
     cdef double* sums = scratch(room, batch * n * (n + 2), <double*> NULL)
     if room.failed:
         return
-    fill_padded(given(frame, 4, kind), n, False, straight)
-    fill_padded(given(frame, 4, kind), n, True, turned)
+    selective_scan.fill_padded(given(frame, 4, kind), n, False, straight)
+    selective_scan.fill_padded(given(frame, 4, kind), n, True, turned)
     memset(sums, 0, batch * n * (n + 2) * sizeof(double))
     cdef double* sums_weight = sums + batch * n * n
     cdef double* sums_bias = sums_weight + batch * n
