@@ -56,7 +56,10 @@ def onnx_call(module: torch.nn.Module, threads: int, *inputs: torch.Tensor) -> C
             with torch.inference_mode(False):
                 program = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=True)
         except Exception as error:  # every kind of failure of an exporter is a reason to leave this peer out, with its message
-            raise RuntimeError(f"torch.onnx.export: {error}") from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise RuntimeError(f"torch.onnx.export: {str(cause).strip()}") from error
         held = io.BytesIO()
         program.save(held)
     options = onnxruntime.SessionOptions()
