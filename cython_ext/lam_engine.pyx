@@ -176,7 +176,7 @@ class LamEngine:
         self._layers = [self._layer(held, packed, f"blocks.{index}.") for index in range(depth)]
         if weights != "bfloat16":
             held = {name: value for name, value in held.items() if not any(name in parts for parts in self._products.values())}
-        self._held, self._packed = held, packed
+        self._held, self._packed, self._names = held, packed, tuple(arrays)
         self._buffers, self._lock = {}, threading.Lock()
 
     def _layer(self, held, packed, prefix):
@@ -210,7 +210,7 @@ class LamEngine:
             for name, rows in names.items():
                 found.setdefault(name, matrix[first : first + rows].copy())
                 first += rows
-        return found
+        return {name: found[name] for name in self._names}
 
     def __call__(self, input_ids, attention_mask=None, output_hidden_states=False):
         """input_ids (B, L) in [0, V), L at most `max_length`; attention_mask (B, L), nonzero for valid tokens, or None for all.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy import ndarray
 
 from cython_ext import kernel
-from cython_ext.packing import Packed, pack
+from cython_ext.packing import HALF, Packed, pack
 from cython_ext.threads import one_blas_thread
 
 State = dict[str, ndarray]
@@ -79,6 +79,13 @@ class Block:
         else:
             leave, self.skip, output = sizes.gate_ssm * leave, sizes.gate_ssm * self.skip, (1 - sizes.gate_ssm) * output
         self.leave = pack(np.concatenate([leave, output], axis=1), storage)
+
+    def stored(self) -> dict[str, Packed]:
+        """The weights that are as they were given, neither folded nor rounded, under torch's names."""
+        packed = {"ssm.B_proj": self.update, "rwkv.receptance_proj": self.receptance, "rwkv.value_proj": self.value}
+        if self.bank is not None:
+            packed["rwkv.memory_query"] = self.bank.query
+        return {f"{name}.weight": weight for name, weight in packed.items() if weight.storage != HALF}
 
     def __call__(self, x: ndarray, state: State) -> ndarray:
         """x (B, L, D) -> the block's output (B, L, D); `state` is overwritten with the one after the last token."""

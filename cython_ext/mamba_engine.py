@@ -22,7 +22,7 @@ from numpy import ndarray
 from cython_ext import kernel
 from cython_ext.checks import token_ids
 from cython_ext.mamba_block import Block, Sizes, State, Taker
-from cython_ext.packing import pack
+from cython_ext.packing import Packed, pack
 from cython_ext.sampling import sample_token
 
 TOKENS = 512  # of all rows together in a chunk of a prompt
@@ -112,6 +112,11 @@ class GroundedMambaEngine:
     def init_states(self, batch_size: int) -> list[State]:
         """Zeros: the states before the first token."""
         return [{name: np.zeros(shape, self.dtype) for name, shape in self._state_shapes(batch_size).items()} for _ in self._blocks]
+
+    def stored(self) -> dict[str, ndarray | Packed]:
+        """The large weights that the engine holds as they were given, under torch's names: whoever needs them again needs no copy of them."""
+        blocks = {f"blocks.{index}.{name}": weight for index, block in enumerate(self._blocks) for name, weight in block.stored().items()}
+        return {"embedding.weight": self._table} | blocks
 
     def _state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         heads, p = self.sizes.rwkv_heads, self.sizes.dim // self.sizes.rwkv_heads

@@ -72,6 +72,11 @@ def pack(weight: ndarray, weights: str | None = None) -> Packed:
     return Packed(np.ascontiguousarray(halves[:, :, : block // 2] | halves[:, :, block // 2 :] << 16), outputs, inputs, HALF)
 
 
+def unpacked(weight: Packed | ndarray) -> ndarray:
+    """A copy of a weight (O, I), packed or not."""
+    return weight.matrix() if isinstance(weight, Packed) else weight.copy()
+
+
 def together(layers: Mapping[str, Packed]) -> dict[str, Packed]:
     """The same layers as views of one array, in their order, each from a cache line on.
 

@@ -15,7 +15,7 @@ from cython_ext.wavecore_step cimport Core, Level, Norm, run
 
 from cython_ext.checks_wavecore import RULES
 from cython_ext.threads import one_blas_thread, threads_for
-from cython_ext.wavecore_layout import Sizes, place, prepare, state_shapes, work_shapes
+from cython_ext.wavecore_layout import Sizes, place, prepare, state_shapes, stored, work_shapes
 
 
 cdef bint take(const real[::1] x, void* out) noexcept nogil:
@@ -92,6 +92,10 @@ cdef class WaveCoreEngine:
             if head in sizes.heads:
                 self._info[name] = axis(work[name])
         self._inputs = tuple((name, axis(work[name]).shape) for name in ("x_obs", "a_prev", "r_t"))
+
+    def stored(self):
+        """The arrays that the engine holds as they were given, packed or not, under torch's names: whoever needs them again needs no copy."""
+        return stored(self.sizes, *self._weights)
 
     cdef Linear _layer(self, name):
         if name not in self._weights[0]:

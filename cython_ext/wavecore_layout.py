@@ -14,7 +14,7 @@ import numpy as np
 from numpy import ndarray
 
 from cython_ext.checks_wavecore import RULES
-from cython_ext.packing import LINE, Packed, pack, together
+from cython_ext.packing import HALF, LINE, Packed, pack, together
 
 HEADS = ("action", "value", "world_model")
 OUTPUT_TYPES = ("continuous", "discrete")
@@ -156,6 +156,17 @@ def prepare(
     packed = {name: pack(held[f"{name}.weight"], weights) for name in [*layers, "cms_write.new"] if name not in new}
     packed = together(packed | {name: pack(held[name], weights) for name in matrices})
     return {name: (layer, held.get(f"{name}.bias")) for name, layer in packed.items()}, {name: held[name] for name in vectors}
+
+
+def stored(sizes: Sizes, layers: Mapping[str, tuple[Packed, ndarray | None]], vectors: Mapping[str, ndarray]) -> dict[str, ndarray | Packed]:
+    """Of what `prepare` made, the arrays that are as they were given, neither turned nor joined nor rounded, under torch's names."""
+    found: dict[str, ndarray | Packed] = {name: layers[name][0] for name in matrix_shapes(sizes)} | dict(vectors)
+    for name in linear_shapes(sizes):
+        if name in layers:
+            weight, bias = layers[name]
+            found |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
+    changed = ("core.wave.ssm.a_raw",) if sizes.use_mamba_wave else ("core.wave.B_net.weight", "core.wave.A_V", "core.wave.A_diag")
+    return {name: value for name, value in found.items() if name not in changed and not (isinstance(value, Packed) and value.storage == HALF)}
 
 
 def place(shapes: Mapping[str, Sequence[int]], dtype: np.dtype) -> tuple[dict[str, int], int]:

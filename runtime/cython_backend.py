@@ -11,6 +11,7 @@ import numpy as np
 
 import cython_ext
 from conf.models import SizedWaveCoreConfig
+from cython_ext.packing import unpacked
 from cython_ext.wavecore_layout import Sizes
 from runtime import core_state
 from runtime.cython_lam import CythonLam
@@ -51,11 +52,12 @@ class CythonWaveCore:
     def __init__(self, config: SizedWaveCoreConfig, arrays: Mapping[str, np.ndarray], dtype: str, weights: str | None = None) -> None:
         """`arrays` complete and checked."""
         self.config, self.dtype = config, dtype
-        self._arrays = {key: value.copy() for key, value in arrays.items()}
         self._lock = threading.Lock()
         engine = cython_ext.kernel("wavecore_engine").WaveCoreEngine
         sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(Sizes)}
         self._engines = {None: engine(arrays, sizes, dtype, weights, None)}
+        stored = self._engines[None].stored()
+        self._arrays = {key: stored[key] if key in stored else value.copy() for key, value in arrays.items()}
 
     @property
     def weights(self) -> str:
@@ -64,7 +66,7 @@ class CythonWaveCore:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Copies of all parameters, flat, under torch's names, as they were given."""
-        return {key: value.copy() for key, value in self._arrays.items()}
+        return {key: unpacked(value) for key, value in self._arrays.items()}
 
     def engine(self, batch: int | None = None) -> Any:
         """A new `WaveCoreEngine` of these weights, with a state and buffers of its own, for a loop that steps in place."""

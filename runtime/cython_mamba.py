@@ -9,6 +9,7 @@ import numpy as np
 
 from conf.models import GroundedMambaConfig
 from cython_ext.mamba_engine import GroundedMambaEngine, Sizes
+from cython_ext.packing import unpacked
 
 State = dict[str, np.ndarray]
 
@@ -26,12 +27,15 @@ class CythonGroundedMamba:
     def __init__(self, config: GroundedMambaConfig, arrays: Mapping[str, np.ndarray], dtype: str, weights: str | None = None) -> None:
         """`arrays` complete and checked. weights: "bfloat16" or None."""
         self.config, self.dtype = config, dtype
-        self._arrays = {key: value.copy() for key, value in arrays.items()}
         self.engine = GroundedMambaEngine(arrays, Sizes(**{name: getattr(config, name) for name in Sizes._fields}), weights)
+        stored = self.engine.stored()
+        if np.array_equal(arrays["lm_head.weight"], arrays["embedding.weight"]):  # tied
+            stored["lm_head.weight"] = stored["embedding.weight"]
+        self._arrays = {key: stored[key] if key in stored else value.copy() for key, value in arrays.items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers, flat, under torch's names, as they were given."""
-        return {key: value.copy() for key, value in self._arrays.items()}
+        return {key: unpacked(value) for key, value in self._arrays.items()}
 
     def __call__(self, input_ids: Any, states: list[State] | None = None, *, return_aux: bool = False) -> tuple[np.ndarray, list[State]]:
         """(B, L) ids -> logits (B, L, V), states."""

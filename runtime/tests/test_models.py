@@ -1,4 +1,4 @@
-"""`deltanet_lm` and `lam` by the one door: the same arguments, structure, weights and numbers on every backend, and what is refused."""
+"""`deltanet_lm` and `lam` by the one door: the same arguments, structure, weights and numbers on every backend, what is refused, an engine's arrays."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import runtime
-from conf.models import DeltaNetConfig, LamConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, WaveCoreConfig
 from runtime.arrays import layout, parameter_count
 from runtime.init import init_arrays
 
@@ -223,3 +223,31 @@ def test_weights_of_lam_in_bfloat16():
         runtime.build("lam", ENCODER, "cython", weights="int8")
     with pytest.raises(ValueError, match="weights must be 'float64', found 'bfloat16'"):
         runtime.build("lam", ENCODER, "cython", dtype="float64", weights="bfloat16")
+
+
+@pytest.mark.parametrize("weights", [None, "bfloat16"])
+@pytest.mark.parametrize("name, config, widths", [
+    ("lam", ENCODER, {}),
+    ("grounded_mamba", GroundedMambaConfig(vocab_size=70, dim=36, depth=2, ssm_dim=18, rwkv_heads=2, memory_size=7, retrieval_heads=2), {}),
+    ("wavecore", WaveCoreConfig.development(heads=("action", "value")), dict(obs_dim=19, action_dim=17, output_dim=22)),
+    ("wavecore", WaveCoreConfig.development(use_mamba_wave=False), dict(obs_dim=19, action_dim=17, output_dim=22)),
+])
+def test_an_engine_gives_back_the_bits_that_it_was_given(name, config, widths, weights):
+    """Most arrays are held once, packed for the kernels."""
+    pytest.importorskip("cython_ext.lam_engine")
+    generator = np.random.default_rng(3)
+    for dtype in ("float32",) if weights else ("float32", "float64"):
+        arrays = init_arrays(name, config.sized(**widths) if widths else config, 3)
+        for key, value in arrays.items():
+            if key.endswith("memory_count"):
+                value[:4] = 3  # an occupied bank
+            elif value.dtype == np.float64:
+                arrays[key] = (value + 0.1 * generator.standard_normal(value.shape)).astype(dtype)
+        if name == "grounded_mamba":
+            arrays["lm_head.weight"] = arrays["embedding.weight"]
+        model = runtime.build(name, config, "cython", arrays, dtype, weights=weights, **widths)
+        found = model.arrays()
+        assert list(found) == list(arrays) and bits(found) == bits(arrays)
+        for value in found.values():
+            value.fill(7)
+        assert bits(model.arrays()) == bits(arrays)
