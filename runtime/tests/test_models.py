@@ -1,4 +1,4 @@
-"""`deltanet_lm` and `lam` by the one door: the same arguments, structure, weights and numbers on every backend, what is refused, an engine's arrays."""
+"""`deltanet_lm` and `lam` by the one door: the same arguments, structure, weights and numbers on every backend, and what is refused."""
 
 import subprocess
 import sys
