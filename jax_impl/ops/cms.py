@@ -102,4 +102,6 @@ def _put(rows: Array, row: Array, is_open: Array, gate: Array, new: Array) -> Ar
     """rows (B, n, d) with row <- gate new + (1 - gate) old where open."""
     index = _at(row)
     old = rows[index]
-    return rows.at[index].set(jnp.where(is_open[..., None], gate * new + (1 - gate) * old, old))
+    given = is_open[..., None]
+    gate, new = jnp.where(given, gate, 0), jnp.where(given, new, 0)  # what is not written may be NaN, which zero times a gradient is too
+    return rows.at[index].set(jnp.where(given, gate * new + (1 - gate) * old, old))

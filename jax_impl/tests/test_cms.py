@@ -177,6 +177,15 @@ def test_a_gradient_goes_through_the_fold(folds: bool) -> None:
 def test_a_row_that_is_not_finite_is_not_written(rule: str) -> None:
     write, write_lazy = (quick(f, decay=0.1, rule=rule, threshold=0.5) for f in (cms.write, cms.write_lazy))
     before, rows = filled(3), np.array([0, 2])
+
+    @quick
+    def gradients(before, held, new):
+        def written(new):
+            forms = cms.write(*before, *new, 0.1, rule=rule, threshold=0.5), cms.write_lazy(*held, *new, 0.1, rule=rule, threshold=0.5)
+            return sum(leaf.sum() for form in forms for leaf in form[:2])
+
+        return jax.grad(written)(new)
+
     for part, bad in ((0, np.nan), (1, np.inf), (2, np.nan)):
         new = [np.array(x[0]) for x in drawn(1, 3)]
         new[2][:] = 0.9
@@ -189,6 +198,8 @@ def test_a_row_that_is_not_finite_is_not_written(rule: str) -> None:
         for found, expected in zip((held[0] * held[3], held[1] * held[3]), full, strict=True):
             close(found, expected, 1e-14, 1e-15)
         assert all(np.isfinite(leaf).all() for leaf in held)
+        for gradient in gradients(before, lazy(*before), new):
+            assert np.isfinite(gradient).all() and not gradient[1].any()
 
 
 def test_reading_a_lazy_memory_is_reading_the_plain_one() -> None:

@@ -120,5 +120,7 @@ def _put(rows: Tensor, row: Tensor, is_open: Tensor, gate: Tensor, new: Tensor) 
     """rows (B, n, d) with row <- gate new + (1 - gate) old where open, and that row (B, d)."""
     index = row[..., None, None].expand(*row.shape, 1, rows.shape[-1])
     old = rows.gather(-2, index)[..., 0, :]
-    written = torch.where(is_open[..., None], gate * new + (1 - gate) * old, old)
+    given = is_open[..., None]
+    gate, new = torch.where(given, gate, 0), torch.where(given, new, 0)  # what is not written may be NaN, which zero times a gradient is too
+    written = torch.where(given, gate * new + (1 - gate) * old, old)
     return rows.scatter(-2, index, written[..., None, :]), written

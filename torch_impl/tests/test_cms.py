@@ -156,6 +156,12 @@ def test_a_row_that_is_not_finite_is_not_written(part: int, bad: float, rule: st
     for found, expected in zip((held[0] * held[3], held[1] * held[3]), full, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
     assert all(leaf.isfinite().all() for leaf in held)
+    for form, before in ((cms.write, filled(3)), (cms.write_lazy, lazy(*filled(3)))):
+        given = [leaf.clone().requires_grad_() for leaf in (*before[:2], *new)]
+        memory, keys, *_ = form(*given[:2], *before[2:], *given[2:], 0.1, rule=rule, threshold=0.5)
+        (memory.sum() + keys.sum()).backward()
+        assert all(leaf.grad.isfinite().all() for leaf in given)
+        assert not any(leaf.grad[1].any() for leaf in given[2:])
 
 
 def test_reading_a_lazy_memory_is_reading_the_plain_one() -> None:
