@@ -16,7 +16,7 @@ from setuptools.errors import CompileError, LinkError
 
 KERNELS = [
     "selective_scan", "plain_delta", "delta_rule", "dense", "wkv", "cms", "wave", "wavecore_step", "wavecore_engine", "lam_engine", "mamba_step",
-    "blas_threads", "xla_ffi",
+    "blas_threads", "xla_ffi", "xla_hierarchical",
 ]
 DEBUG = os.environ.get("CYTHON_DEBUG", "0") not in ("", "0")
 

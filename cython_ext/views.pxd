@@ -24,6 +24,7 @@ cdef extern from *:
         view_; })
     """
     void adopt "GROUNDWAVE_ADOPT"(double[::1] owner)
+    Py_ssize_t[::1] whole1 "GROUNDWAVE_VIEW"(Py_ssize_t* start, Py_ssize_t a) nogil
     float[::1] float1 "GROUNDWAVE_VIEW"(float* start, Py_ssize_t a) nogil
     float[:, ::1] float2 "GROUNDWAVE_VIEW"(float* start, Py_ssize_t a, Py_ssize_t b) nogil
     float[:, :, ::1] float3 "GROUNDWAVE_VIEW"(float* start, Py_ssize_t a, Py_ssize_t b, Py_ssize_t c) nogil

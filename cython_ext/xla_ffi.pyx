@@ -10,9 +10,10 @@ an attribute that says so. `jax_impl.ops.compiled` has checked their shapes; her
 Letters: B batch, L length, N state, H heads, P or d head width, C chunk.
 """
 
-# One clone is as good as another behind a pointer, and a pointer takes no such attribute: this must come before clones.pxd.
+# The functions of other modules are pointers here, which take no attribute of clones.
 cdef extern from *:
     """
+    #undef GROUNDWAVE_CLONES
     #define GROUNDWAVE_CLONES
     #include <fenv.h>
     #define GROUNDWAVE_COUNT(counter) __atomic_add_fetch(&(counter), 1, __ATOMIC_RELAXED)
@@ -37,16 +38,17 @@ from cython_ext.algebra cimport real
 from cython_ext.blas_threads cimport enter, leave
 from cython_ext.views cimport adopt, view1, view2, view3, view4
 from cython_ext.wkv_parts cimport ROWS
+from cython_ext.xla_hierarchical cimport hierarchical
 from cython_ext.xla_abi cimport (
     EXECUTE, EXHAUSTED, FLOAT32, FLOAT64, INVALID, Error, Frame, Handler, Room, add_rows, answered, given, made, number, refusal, scratch, size, whole,
 )
 
 from cython_ext import threads as limits
 
-NAMES = ("selective_scan", "selective_scan_backward", "wkv", "wkv_backward", "delta_rule", "delta_rule_backward")
+NAMES = ("selective_scan", "selective_scan_backward", "wkv", "wkv_backward", "delta_rule", "delta_rule_backward", "hierarchical_delta_rule")
 
 cdef enum:
-    SCAN, SCAN_BACK, WKV, WKV_BACK, DELTA, DELTA_BACK, KERNELS  # NAMES, and how many
+    SCAN, SCAN_BACK, WKV, WKV_BACK, DELTA, DELTA_BACK, HIERARCHICAL, KERNELS  # NAMES, and how many
 
 cdef double[::1] owner = np.zeros(1)
 adopt(owner)
@@ -56,13 +58,18 @@ cdef int64_t default_threads = 1
 cdef int64_t serial = limits.SERIAL_WORK
 cdef int64_t[KERNELS] calls
 cdef int[KERNELS] operands, results
-operands[:] = [7, 9, 6, 8, 5, 7]
-results[:] = [1, 7, 2, 6, 2, 5]
+operands[:] = [7, 9, 6, 8, 5, 7, 21]
+results[:] = [1, 7, 2, 6, 2, 5, 3]
+
+
+cdef inline int64_t allowed() noexcept nogil:
+    """`threads.get_num_threads`, the default as it was when the handlers were registered."""
+    return chosen_threads[0] if chosen_threads[0] else default_threads
+
 
 cdef inline int threads_for(Py_ssize_t rows, Py_ssize_t work) noexcept nogil:
     """`threads.threads_for`."""
-    cdef int64_t most = chosen_threads[0] if chosen_threads[0] else default_threads
-    return 1 if work < serial else <int> min(most, <int64_t> rows)
+    return 1 if work < serial else <int> min(allowed(), <int64_t> rows)
 
 
 cdef void scan(Frame* frame, Room* room, real* kind) noexcept nogil:
@@ -260,8 +267,10 @@ cdef void run(Frame* frame, Room* room, int kernel, real* kind) noexcept nogil:
         memory_back(frame, room, kind)
     elif kernel == DELTA:
         delta(frame, room, kind)
-    else:
+    elif kernel == DELTA_BACK:
         delta_back(frame, room, kind)
+    else:
+        hierarchical(frame, room, allowed(), kind)
 
 
 cdef Error* serve(Frame* frame, int kernel) noexcept nogil:
@@ -317,6 +326,10 @@ cdef Error* serve_delta_back(Frame* frame) noexcept nogil:
     return serve(frame, DELTA_BACK)
 
 
+cdef Error* serve_hierarchical(Frame* frame) noexcept nogil:
+    return serve(frame, HIERARCHICAL)
+
+
 def handlers():
     """Name of every kernel -> capsule of its handler, for `jax.ffi.register_ffi_target(target, capsule, platform="cpu")`.
 
@@ -329,7 +342,7 @@ def handlers():
         found = ", ".join(library.filepath for library in others)
         raise RuntimeError(f"the kernels for JAX need every BLAS to be OpenBLAS with threads of its own, found {found}")
     default_threads = limits.default_num_threads()
-    table[:] = [serve_scan, serve_scan_back, serve_wkv, serve_wkv_back, serve_delta, serve_delta_back]
+    table[:] = [serve_scan, serve_scan_back, serve_wkv, serve_wkv_back, serve_delta, serve_delta_back, serve_hierarchical]
     return {name: PyCapsule_New(<void*> table[kernel], NULL, NULL) for kernel, name in enumerate(NAMES)}
 
 

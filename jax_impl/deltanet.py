@@ -22,7 +22,7 @@ from jax import Array
 from conf.models import DeltaNetConfig
 from jax_impl.generate import generate
 from jax_impl.layers import Frozen, linear
-from jax_impl.ops import compiled
+from jax_impl.ops import compiled, compiled_hierarchical
 from jax_impl.ops.delta_rule import delta_rule, hierarchical_delta_rule, l2norm
 from jax_impl.ops.normalise import rms_norm
 from jax_impl.ops.short_conv import causal_conv, short_conv
@@ -109,6 +109,8 @@ class HierarchicalRule(nnx.Module):
         """q, k, v (B, H, L, d); beta, fast and slow decays and gates (B, H, L). Returns o (B, H, L, d) and both last states."""
         arguments = (
             q, k, v, beta, *decays, *gates, self.token_flux.mlp(), self.chunk_flux.mlp(), self.W_bilinear[...], self.temp[...], mask, states)
+        if self.impl == "compiled":
+            return compiled_hierarchical.hierarchical_delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform)
         return hierarchical_delta_rule(*arguments, chunk_size=self.chunk_size, transform=self.transform, impl=self.impl)
 
 

@@ -55,7 +55,7 @@ class LamBlock(nnx.Module):
 
 
 class LAM(nnx.Module):
-    """Sentence encoder. `impl` is "recurrent" (one chunk after another) or "chunked".
+    """Sentence encoder. `impl` is "recurrent" (one chunk after another), "chunked" or "compiled" (the Cython rule; gradients as chunked).
 
     `remat` recomputes each block in the backward pass instead of keeping what it computed.
     """

@@ -28,7 +28,10 @@ MODELS: dict[str, dict[str, tuple[str, ...]]] = {
         "cython": ("dense", "selective_scan", "wkv", "mamba_step"),
     },
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "jax_compiled": ("delta_rule", "xla_ffi")},
-    "lam": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "cython": ("delta_rule", "dense", "lam_engine")},
+    "lam": {
+        "torch": (), "torch_compiled": ("delta_rule",), "jax": (), "jax_compiled": ("delta_rule", "xla_ffi"),
+        "cython": ("delta_rule", "dense", "lam_engine"),
+    },
     "wavecore": {"torch": (), "torch_compiled": ("cms",), "jax": (), "cython": ("wavecore_engine",)},
 }
 ENGINES = {("grounded_mamba", "cython"), ("lam", "cython"), ("wavecore", "cython")}  # what runs with no framework in the process
@@ -52,7 +55,7 @@ def build(
     name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
     config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels), "jax", "jax_compiled"
-    (likewise, on a CPU, for "grounded_mamba" and "deltanet_lm") or, for all but "deltanet_lm", "cython" (a compiled engine without a
+    (likewise, on a CPU; not for "wavecore") or, for all but "deltanet_lm", "cython" (a compiled engine without a
     framework: NumPy, no gradients). arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from `seed` when None.
     dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore, needed unless its configuration is sized, and
     of no other model. weights: "bfloat16" for an engine that stores its weights so and computes in float32.
