@@ -38,10 +38,10 @@ from cython_ext.algebra cimport real
 from cython_ext.blas_threads cimport enter, leave
 from cython_ext.views cimport adopt, view1, view2, view3, view4
 from cython_ext.wkv_parts cimport ROWS
-from cython_ext.xla_hierarchical cimport hierarchical
 from cython_ext.xla_abi cimport (
     EXECUTE, EXHAUSTED, FLOAT32, FLOAT64, INVALID, Error, Frame, Handler, Room, add_rows, answered, given, made, number, refusal, scratch, size, whole,
 )
+from cython_ext.xla_hierarchical cimport hierarchical
 
 from cython_ext import threads as limits
 
@@ -54,8 +54,7 @@ cdef double[::1] owner = np.zeros(1)
 adopt(owner)
 cdef int64_t[::1] chosen = limits._chosen
 cdef int64_t* chosen_threads = &chosen[0]
-cdef int64_t default_threads = 1
-cdef int64_t serial = limits.SERIAL_WORK
+cdef int64_t default_threads = 1, serial = limits.SERIAL_WORK
 cdef int64_t[KERNELS] calls
 cdef int[KERNELS] operands, results
 operands[:] = [7, 9, 6, 8, 5, 7, 21]
