@@ -183,9 +183,9 @@ def test_directories_that_hold_no_core(tmp_path, directory):
         runtime.save_core({}, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["torch_compiled", "numpy"])
+@pytest.mark.parametrize("name", ["jax_compiled", "numpy"])
 def test_backends_that_do_not_run_it(directory, name):
-    with pytest.raises(ValueError, match=f"backend of 'wavecore' must be one of 'torch', 'jax', 'cython', found '{name}'"):
+    with pytest.raises(ValueError, match=f"backend of 'wavecore' must be one of 'torch', 'torch_compiled', 'jax', 'cython', found '{name}'"):
         runtime.load_core(directory, name)
 
 
