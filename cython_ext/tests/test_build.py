@@ -12,59 +12,10 @@ from pathlib import Path
 import pytest
 
 import cython_ext
-from cython_ext.tests.examples import (
-    DELTA_SHAPES,
-    PLAIN_SHAPES,
-    SHAPES,
-    WKV_SHAPES,
-    arguments,
-    cotangent,
-    delta_arguments,
-    plain_arguments,
-    plain_cotangents,
-    wkv_arguments,
-    wkv_cotangents,
-)
-from cython_ext.tests.test_wavecore_backward import ways_back, ways_there
+from cython_ext.tests import build_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = [shape for shape in SHAPES if shape[1] * shape[2] < 4000]
-SMALL_DELTA = [shape for shape in DELTA_SHAPES if shape[2] * shape[3] < 4000]
-SMALL_PLAIN = [shape for shape in PLAIN_SHAPES if shape[2] * shape[3] < 7000]
-SMALL_CMS = [(1, 1, 1, 1), (3, 9, 33, 5), (2, 5, 17, 16)]
-SMALL_WKV = [shape for shape in WKV_SHAPES if shape[1] * shape[3] < 4000]
-
-# Runs the copy of the package found on the path over every small example; an error of a check inside a loop cannot be raised there, only
-# be reported, so the hook for reports ends the process.
-RUN = """
-import os, pickle, sys
-from pathlib import Path
-
-def stop(report):
-    print("inside a kernel:", repr(report.exc_value), file=sys.stderr, flush=True)
-    os._exit(3)
-
-sys.unraisablehook = stop
-import cython_ext
-scan, delta, wkv = cython_ext.selective_scan, cython_ext.delta_rule, cython_ext.wkv
-results = {}
-for case, given in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
-    if case.startswith("cms") or case.startswith("wave"):
-        module, name = case.split()[:2]
-        outputs = getattr(getattr(cython_ext, module), name)(*given[0], **given[1])
-        results[case] = list(given[0] if outputs is None else outputs)  # a write changes what it is given
-    elif case.startswith("wkv"):
-        results[case] = [*wkv.forward(*given[2:]), *wkv.backward(*given)]
-    elif isinstance(given, list):
-        states = scan.forward(*given[1:], 1e-5)
-        results[case] = [states, *scan.backward(*given, states, 1e-5)]
-    elif isinstance(given, tuple):
-        results[case] = [*delta.forward(*given[2:]), *delta.backward(*given)]
-    else:
-        o, states = delta.hierarchical_forward(**given)
-        results[case] = [o, *states]
-Path(sys.argv[2]).write_bytes(pickle.dumps(([scan.__file__, delta.__file__, wkv.__file__], results)))
-"""
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no setup.py here: these are tests of the source tree")
 
 
 def build(*options, code=None, **environment):
@@ -78,30 +29,19 @@ def test_debug_build_trips_no_check_and_gives_the_bits_of_the_release(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     for source in Path(cython_ext.__file__).parent.glob("*.py"):
         shutil.copy(source, tmp_path / "lib" / "cython_ext")
-    given = {}
-    for dtype in ("float32", "float64"):
-        for case, shape in enumerate(SMALL):
-            arrays = arguments(shape, dtype, dt_b=case % 2 == 0, initial_state=case % 3 > 0)
-            given[f"scan {shape} {dtype}"] = [cotangent(shape, dtype), *arrays.values()]
-        for case, shape in enumerate(SMALL_DELTA):
-            for transform in ("lam", "exact"):
-                given[f"delta {shape} {dtype} {transform}"] = {**delta_arguments(shape, dtype, case % 2 == 0), "transform": transform}
-        for case, shape in enumerate(SMALL_PLAIN):
-            given[f"plain {shape} {dtype}"] = (*plain_cotangents(shape, dtype), *plain_arguments(shape, dtype, case % 2 == 0).values())
-        for case, shape in enumerate(SMALL_WKV):
-            arrays, time_first = wkv_arguments(shape, dtype, case % 2 == 0, "direct"), ("bonus", "gain")[case % 3 % 2]
-            given[f"wkv {shape} {dtype}"] = (*wkv_cotangents(shape, dtype), *arrays.values(), time_first)
-        for shape in SMALL_CMS:
-            for module, name, arrays, options in (*ways_there(shape, dtype), *ways_back(shape, dtype)):
-                given[f"{module} {name} {shape} {dtype}"] = list(arrays.values()), options
+    given = build_cases.drawn()
     (tmp_path / "given").write_bytes(pickle.dumps(given))
     done, files = {}, {}
     for name, path in (("debug", tmp_path / "lib"), ("release", Path(cython_ext.__file__).parents[1])):
-        ran = subprocess.run(
-            [sys.executable, "-c", RUN, str(tmp_path / "given"), str(tmp_path / name)], cwd=path, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-c", build_cases.SCRIPT, str(tmp_path / "given"), str(tmp_path / name)]
+        ran = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
         files[name], done[name] = pickle.loads((tmp_path / name).read_bytes())
-    assert [[Path(file).is_relative_to(tmp_path) for file in files[name]] for name in ("debug", "release")] == [[True] * 3, [False] * 3]
+    assert all(Path(file).is_relative_to(tmp_path) for file in files["debug"])
+    assert not any(Path(file).is_relative_to(tmp_path) for file in files["release"])
+    modules = {Path(file).name.split(".")[0] for file in files["debug"]}
+    others = {name for name in cython_ext.KERNELS if name.startswith("xla_")} | {"mamba_step"}  # of JAX, and a part of the engine
+    assert modules == {"mamba_engine", *cython_ext.KERNELS} - others
     assert done["debug"].keys() == done["release"].keys() == given.keys()
     differ = [
         case for case, outputs in done["debug"].items() for a, b in zip(outputs, done["release"][case], strict=True)
