@@ -24,7 +24,7 @@ bench: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnx onnxscript onnxruntime
 	$(BIN)/python -m experiments.bench --output experiments/results
 
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd)
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.h)
 	@echo "setting up $(VENV): torch, then groundwave with its extras, then LAM's teacher (a few minutes)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, found {v[0]}.{v[1]}: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
