@@ -2,8 +2,9 @@
 
 Every group of cases runs in a process of its own, on as many processors as it may use threads, so that all frameworks see the same machine and
 none starts with the memory of another. A case is timed only when its gate holds. What comes out: bench.json with every sample, bench.md with the
-tables, pictures of the rooflines and of the cost against length and rows. Exit status 0; 1 where a gate was red or a group failed, and 2 for a
-wrong command line. A missed target is a figure like any other.
+tables, pictures of the rooflines and of the cost against length and rows. They are written after every group, and a group that is measured again
+takes the place of what bench.json held of it. Exit status 0; 1 where a gate was red or a group failed, and 2 for a wrong command line. A missed
+target is a figure like any other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = ("mamba", "lam", "wavecore", "delta", "memory", "scaling")
+ONCE = ("memory", "scaling")  # on the most threads alone
 ALONE = ("memory",)  # with no framework in the process
 RED = 3  # exit status of a group with a red gate
 
@@ -67,29 +69,34 @@ def run(groups: Sequence[str], threads: Sequence[int], output: Path) -> int:
     """Run all groups, then write everything below `output`. Returns the exit status."""
     from experiments.benchmarks import pictures, report
 
-    runs: list[dict[str, Any]] = []
-    status = 0
+    kept = output / "bench.json"
+    try:
+        held = json.loads(kept.read_text()) if kept.exists() else {"runs": {}}
+        held["runs"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"{kept} is no result of this benchmark ({type(error).__name__}): move it away or choose another --output", file=sys.stderr)
+        return 2
+    status, done = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for count in threads:
-            for group in groups:
+            for group in (group for group in groups if group not in ONCE or count == max(threads)):
                 print(f"{group}, {count} thread{'s' * (count > 1)}", flush=True)
                 result = Path(folder) / f"{group}-{count}.json"
                 command = [sys.executable, "-m", "experiments.bench", "--group", group, "--threads", str(count), "--result", str(result)]
                 settings = {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-                done = subprocess.run(command, env={**os.environ, **settings}, check=False).returncode
-                status = max(status, 1 if done else 0)
-                if result.exists():
-                    runs.append(json.loads(result.read_text()))
-                else:
-                    print(f"  {group} ended with status {done} and without a result", file=sys.stderr, flush=True)
-    if not runs:
+                ended = subprocess.run(command, env={**os.environ, **settings}, check=False).returncode
+                status = max(status, 1 if ended else 0)
+                if not result.exists():
+                    print(f"  {group} ended with status {ended} and without a result", file=sys.stderr, flush=True)
+                    continue
+                report.add(held, json.loads(result.read_text()))
+                report.write(kept, json.dumps(held, indent=1) + "\n")
+                report.write(output / "bench.md", report.markdown(held))
+                drawn, done = pictures.draw(held, output), done + 1
+    if not done:
         return 1
-    held = report.gathered(runs)
-    report.write(output / "bench.json", json.dumps(held, indent=1) + "\n")
-    report.write(output / "bench.md", report.markdown(held))
-    drawn = pictures.draw(held, output)
     print("\n" + report.markdown(held))
-    print("\n".join(str(path) for path in (output / "bench.json", output / "bench.md", *drawn)))
+    print("\n".join(str(path) for path in (kept, output / "bench.md", *drawn)))
     return status
 
 

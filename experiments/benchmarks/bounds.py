@@ -1,8 +1,8 @@
 """What the machine allows, measured in turns with the contenders: the products of a model by themselves, and its bytes read once.
 
 A bound is a contender like any other: `products` runs every matrix product of a model, with the same shapes and as many weights apart in
-memory, by the BLAS of torch (MKL or OpenBLAS) or that of NumPy, whichever is faster here; `stream` multiplies one vector by a matrix of as
-many bytes. A model that must do both takes at least the longer of the two. Percent of bound is their time over the model's.
+memory, by the BLAS of torch (MKL or OpenBLAS) or that of NumPy, whichever is faster here; `stream` reads as many bytes, as a matrix-vector
+product or a sum does. A model that must do both takes at least the longer of the two. Percent of bound is their time over the model's.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ def batched_products(batch: int, rows: int, inner: int, columns: int) -> Callabl
 
 
 def stream(size: int) -> Callable[[], object]:
-    """A call that reads `size` bytes once, as a matrix-vector product does: rows or columns of the matrix, whichever is faster."""
+    """A call that reads `size` bytes once: the rows or the columns of a matrix times a vector, or its sum, whichever is fastest."""
     rows = max(1, size // (4 * VECTOR))
     matrix, right, left = torch.rand(rows, VECTOR), torch.rand(VECTOR), torch.rand(rows)
     down, across = torch.empty(rows), torch.empty(VECTOR)
     a, b, c, d, e = (tensor.numpy() for tensor in (matrix, right, left, down, across))
     return _faster(
         lambda: torch.mv(matrix, right, out=down), lambda: torch.mv(matrix.mT, left, out=across), lambda: np.dot(a, b, out=d),
-        lambda: np.dot(c, a, out=e))
+        lambda: np.dot(c, a, out=e), lambda: torch.sum(matrix))
 
 
 def _faster(*calls: Callable[[], object]) -> Callable[[], object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,25 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def gathered(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The groups' results by number of threads: {"environment", "runs": {"1": {"cases": {name: result}, "curves": {name: curve}}, ...}}."""
-    described = {name: value for name, value in runs[0]["environment"].items() if name != "threads"}
-    held: dict[str, Any] = {"environment": described, "runs": {}}
-    for run in runs:
-        place = held["runs"].setdefault(str(run["threads"]), {"cases": {}, "curves": {}})
-        for result in run["results"]:
-            place["curves" if "series" in result else "cases"][result["name"]] = result
-    return held
+def add(held: dict[str, Any], run: dict[str, Any]) -> None:
+    """Put a group's results into {"runs": {"1": {"cases": {name: result}, "curves": {name: curve}}, ...}}, each with what it was measured on."""
+    described = {name: value for name, value in run["environment"].items() if name != "threads"}
+    place = held["runs"].setdefault(str(run["threads"]), {"cases": {}, "curves": {}})
+    for result in run["results"]:
+        place["curves" if "series" in result else "cases"][result["name"]] = result | {"environment": described}
 
 
 def markdown(held: dict[str, Any]) -> str:
     """Targets, times, curves and who is missing."""
-    described = held["environment"]
-    known = ", ".join(f"{name} {described[name]}" for name in VERSIONS if name in described)
-    parts = [known, targets(held), times(held), curves(held), "\n".join(missing(held))]
+    parts = [described(held), targets(held), times(held), curves(held), "\n".join(missing(held))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def described(held: dict[str, Any]) -> str:
+    """Versions, processor and commit, each that there was."""
+    places = [result["environment"] for run in held["runs"].values() for kind in run.values() for result in kind.values()]
+    found = {name: sorted({place[name] for place in places if name in place}) for name in VERSIONS}
+    return ", ".join(f"{name} {' and '.join(values)}" for name, values in found.items() if values)
 
 
 def threads_of(held: dict[str, Any]) -> list[str]:

@@ -137,12 +137,19 @@ def measured() -> dict:
                            shares, met, [], 3e9, 2e8, {} if threads == 1 else {"peer": "ImportError: not here"}).to_json()
 
     curve = Curve("lengths", "a prompt", "tokens", {"engine": [(16, 0.001, 0.0), (64, 0.004, 1.5)]}).to_json()
-    runs = [{"threads": count, "environment": {"python": "3.11", "threads": str(count)}, "results": [result(count), curve]} for count in (1, 2)]
-    return json.loads(json.dumps(report.gathered(runs)))
+    held: dict = {"runs": {}}
+    for count in (1, 2):
+        report.add(held, {"threads": count, "environment": {"python": f"3.1{count}", "threads": str(count)}, "results": [result(count), curve]})
+    return json.loads(json.dumps(held))
+
+
+def first(held: dict) -> dict:
+    return held["runs"]["1"]["cases"]["nothing"]
 
 
 def test_tables_say_what_was_found_what_was_asked_for_and_who_is_missing():
     text = report.markdown(measured())
+    assert text.startswith("python 3.11 and 3.12\n")
     assert "| nothing at all | fast | at least 4 | 3.00 (2.90 to 3.10), missed | 3.00 (2.90 to 3.10), missed |" in text
     assert "| nothing at all | near | 40% of the bound | 50% | 50% |" in text
     assert "| nothing at all | engine | 2000 ms, 50% of bound | 1000 ms, 50% of bound |" in text
@@ -179,7 +186,9 @@ def test_groups_run_apart_and_a_red_one_is_told(monkeypatch, tmp_path, capfd):
         place = Path(command[command.index("--result") + 1])
         if "delta" in command:
             return subprocess.CompletedProcess(command, -9)
-        place.write_text(json.dumps({"threads": 1, "environment": {"python": "3.11"}, "results": []}))
+        count, group = int(env["OMP_NUM_THREADS"]), command[command.index("--group") + 1]
+        case = {**first(measured()), "name": group, "title": f"{group} {len(commands)}"}
+        place.write_text(json.dumps({"threads": count, "environment": {"python": "3.11"}, "results": [case]}))
         return subprocess.CompletedProcess(command, bench.RED if "lam" in command else 0)
 
     monkeypatch.setattr(bench.subprocess, "run", run)
@@ -187,8 +196,18 @@ def test_groups_run_apart_and_a_red_one_is_told(monkeypatch, tmp_path, capfd):
     assert bench.run(["mamba", "lam", "delta"], [1], tmp_path) == 1
     assert commands == [("mamba", "1"), ("mamba", "1"), ("lam", "1"), ("delta", "1")]
     assert "delta ended with status -9 and without a result" in capfd.readouterr().err
-    assert json.loads((tmp_path / "bench.json").read_text())["environment"] == {"python": "3.11"}
     assert bench.run(["delta"], [1], tmp_path) == 1
+    assert bench.run(["lam", "memory"], [1, 2], tmp_path) == 1
+    assert commands[5:] == [("lam", "1"), ("lam", "2"), ("memory", "2")]
+    held = json.loads((tmp_path / "bench.json").read_text())["runs"]
+    titles = {count: {name: case["title"] for name, case in run["cases"].items()} for count, run in held.items()}
+    assert titles == {"1": {"mamba": "mamba 2", "lam": "lam 6"}, "2": {"lam": "lam 7", "memory": "memory 8"}}  # the newest of each
+
+
+def test_another_file_of_that_name_is_left_alone(tmp_path, capsys):
+    (tmp_path / "bench.json").write_text("[1, 2]")
+    assert bench.run(["mamba"], [1], tmp_path) == 2
+    assert "is no result of this benchmark" in capsys.readouterr().err and (tmp_path / "bench.json").read_text() == "[1, 2]"
 
 
 @pytest.mark.parametrize("arguments, expected", [
