@@ -49,12 +49,12 @@ def threads() -> int:
 
 
 def commit() -> str | None:
-    """Commit of the source tree, with "+" if it has changes; None where there is no repository."""
+    """Commit of the source tree, with "+" if it has changes, benchmark results apart; None where there is no repository."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
-        return _git(root, "rev-parse", "HEAD") + ("+" if _git(root, "status", "--porcelain") else "")
+        return _git(root, "rev-parse", "HEAD") + ("+" if _git(root, "status", "--porcelain", "--", ".", ":!experiments/results") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -11,7 +11,12 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.benchmarks.report import threads_of
 
-COLOURS = {"engine": "#0b5394", "torch, compiled kernels": "#3d85c6", "torch, compiled kernel": "#3d85c6", "jax": "#6a9a2d"}
+COLOURS = {
+    "engine": "#0b5394", "compiled kernel, NumPy": "#0b5394", "torch, compiled kernels": "#3d85c6", "torch, compiled kernel": "#3d85c6",
+    "jax": "#6a9a2d", "jax, chunked": "#6a9a2d", "jax, lazy memory": "#6a9a2d", "jax, compiled kernels": "#b45f06",
+    "MiniLM, transformers": "#a64d79", "torch, loop": "0.55", "torch, chunked": "0.3", "torch, eager": "0.3",
+}
+GROUPS = {"engine": "engine", "kernels in torch": "torch, compiled kernels", "kernels in JAX": "jax, compiled kernels", "JAX": "jax"}
 
 
 def draw(held: dict[str, Any], folder: Path) -> list[Path]:
@@ -29,40 +34,43 @@ def rooflines(held: dict[str, Any]) -> Figure | None:
     counts = [count for count in threads_of(held) if any(case["bound"] for case in held["runs"][count]["cases"].values())]
     if not counts:
         return None
-    figure = Figure(figsize=(6.4 * len(counts), 5.2), layout="constrained")
-    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+    figure = Figure(figsize=(6.0 * len(counts) + 1.0, 6.4), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, count in zip(panels, counts, strict=True):
         roofline(axes, [case for case in held["runs"][count]["cases"].values() if case["bound"]])
         axes.set_title(f"{count} thread{'s' * (count != '1')}")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
 def roofline(axes: Axes, cases: list[dict[str, Any]]) -> None:
     """Roofs: the fastest read and the fastest products measured in the run; points: operations per second of a contender."""
-    reads = [case["bytes"] / case["timings"]["bound: bytes"]["median"] for case in cases if "bound: bytes" in case["timings"]]
+    reads = [case["bytes"] / case["timings"]["bound: bytes"]["median"] for case in cases if case["bound"] == "bound: bytes"]
     rates = [case["operations"] / timing["median"] for case in cases for name, timing in case["timings"].items()
              if name.startswith("bound: products")]
     spread = [case["operations"] / case["bytes"] for case in cases]
     ends = [min(spread) / 2, max(spread) * 2]
     if reads:
-        axes.plot(ends, [max(reads) * end / 1e9 for end in ends], color="0.35", lw=1)
-        axes.annotate(f"reads, {max(reads) / 1e9:.0f} GB/s", (ends[0], max(reads) * ends[0] / 1e9), fontsize=7, color="0.35", va="bottom")
+        turn = min(ends[1], max(rates) / max(reads)) if rates else ends[1]
+        axes.plot([ends[0], turn], [max(reads) * end / 1e9 for end in (ends[0], turn)], color="0.35", lw=1)
+        axes.annotate(f"reads, {max(reads) / 1e9:.0f} GB/s", (ends[0], max(reads) * ends[0] / 1e9), fontsize=8, color="0.35", va="top",
+                      xytext=(8, -2), textcoords="offset points")
     if rates:
-        axes.axhline(max(rates) / 1e9, color="0.35", lw=1, ls="--")
-        axes.annotate(f"products, {max(rates) / 1e9:.0f} GFLOP/s", (ends[0], max(rates) / 1e9), fontsize=7, color="0.35", va="bottom")
+        axes.plot([max(rates) / max(reads) if reads else ends[0], ends[1]], [max(rates) / 1e9] * 2, color="0.35", lw=1)
+        axes.annotate(f"products, {max(rates) / 1e9:.0f} GFLOP/s", (ends[1], max(rates) / 1e9), fontsize=8, color="0.35", va="bottom", ha="right")
     marks = "os^Dvp*XP<>"
     for case, mark in zip(cases, marks * (1 + len(cases) // len(marks)), strict=False):
         at = case["operations"] / case["bytes"]
         for name, timing in case["timings"].items():
-            if not name.startswith("bound:"):
-                axes.plot(at, case["operations"] / timing["median"] / 1e9, mark, color=COLOURS.get(name, "0.7"), ms=6, mec="white", mew=0.5)
-        axes.plot([], [], mark, color="0.3", label=case["title"])
-    kernels = COLOURS["torch, compiled kernels"]
-    for name, colour in (("engine", COLOURS["engine"]), ("compiled kernels in torch", kernels), ("jax", COLOURS["jax"]), ("others", "0.7")):
-        axes.plot([], [], "o", color=colour, label=name)
+            own = name.startswith("MiniLM") or "bfloat16" in name  # whose operations or bytes are not those of the case
+            if not name.startswith("bound:") and not own:
+                axes.plot(at, case["operations"] / timing["median"] / 1e9, mark, color=COLOURS.get(name, "0.75"), ms=7, mec="white", mew=0.6)
+        axes.plot([], [], mark, color="0.3", ls="", label=case["title"])
+    for label, name in GROUPS.items():
+        axes.plot([], [], "o", color=COLOURS[name], ls="", label=label)
+    axes.plot([], [], "o", color="0.75", ls="", label="others")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="GFLOP/s")
-    axes.set_ylim(bottom=0.05 * min((case["operations"] / case["timings"][case["bound"]]["median"] / 1e9 for case in cases), default=1.0))
-    axes.grid(alpha=0.25, which="both", lw=0.4)
-    axes.legend(fontsize=6.5, loc="lower right")
+    axes.grid(alpha=0.25, lw=0.4)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
 
