@@ -1,13 +1,15 @@
 # make demo   sets everything up, proves parity, trains a language model in both frameworks, shows where to look
 # make test   sets everything up, runs all tests
 # make mutations  injects every porting bug; `make test` injects twelve for each model
+# make sanitize   runs the tests of the kernels under gcc's address and undefined-behaviour sanitizers
+# make wheel-check  builds the wheel and tests it in a fresh environment without a compiler
 # make bench  times every model against its peers, on a machine that does nothing else; writes experiments/results/
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test mutations bench clean
+.PHONY: demo test mutations sanitize wheel-check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -19,6 +21,12 @@ test: $(VENV)/.ready
 
 mutations: $(VENV)/.ready
 	$(BIN)/python -m pytest --all-mutations $(wildcard parity_tests/test_mutations*.py)
+
+sanitize: $(VENV)/.ready
+	.ci/sanitize $(BIN)/python
+
+wheel-check:
+	.ci/wheel $(PYTHON)
 
 bench: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnx onnxscript onnxruntime

@@ -33,6 +33,11 @@ def kernel(name: str) -> ModuleType:
         return importlib.import_module(f"cython_ext.{name}")
     except ImportError as error:
         state = "is built but does not load" if is_built(name) else "is not built"
+        if "libgomp" in str(error):
+            raise ImportError(
+                f"the compiled kernel cython_ext.{name} {state} ({error}): gcc's OpenMP library is missing, which a build from source takes from "
+                "the system (Debian, Ubuntu: apt-get install libgomp1; Fedora, RHEL: dnf install libgomp; Alpine: apk add libgomp)"
+            ) from error
         raise ImportError(
             f"the compiled kernel cython_ext.{name} {state} ({error}). Build it with `pip install -e .` in the root of the repository, or "
             "`pip install .`; that needs gcc and the Python headers (Debian, Ubuntu: apt-get install gcc libc6-dev python3-dev). "

@@ -103,10 +103,10 @@ def jax_loss(outputs: tuple[Any, ...], inputs: dict[str, Any]) -> jax.Array:
     return entropy + sum(jnp.square(s).mean() for state in outputs[1] for s in state.values())
 
 
-def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None) -> Case:
+def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None, split: int = 17) -> Case:
     """torch's chunked form against the NNX port, layer by layer and end to end, 50 AdamW steps with the bank written every 10th.
 
-    `regimes` None runs them all.
+    `regimes` None runs them all. `split` tokens are split everywhere: 17 are three chunks.
     """
     return Case(
         name=name,
@@ -116,7 +116,7 @@ def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, .
         ties={"lm_head.weight": "embedding.weight"},
         leaves=leaves(config),
         regimes=regimes,
-        states=StateProtocol(initial=initial_states(config), detached=True),
+        states=StateProtocol(initial=initial_states(config), detached=True, split_length=split),
         trajectory=Trajectory(call=(with_aux, with_aux), after=(write_memory, write_memory), lr=3e-3),
         loss=(torch_loss, jax_loss),
         bounds=BOUNDS,
@@ -243,17 +243,19 @@ def deltanet_lm(name: str, regimes: tuple[str, ...] | None = None) -> Case:
     )
 
 
-# The default and the public variant under every regime; the others, which share their layers, where a variant can part from them: a carried
-# state, an offset and a last chunk that is ragged, which 19 tokens in chunks of 6 have. Every further shape costs a compilation.
+# The default and the public variant under every regime; the others, which share their layers, where a variant can part from them: one block, a
+# carried state, an offset and a last chunk that is ragged, which 19 tokens in chunks of 6 have, and 8 where they are split. Every further shape
+# costs a compilation.
 SOME = ("as is", "carried state", "+ 100")
 LANGUAGE_FULL = [
-    grounded_mamba("grounded_mamba", DEFAULT), grounded_mamba("groundthink", VARIANTS["groundthink"]),
+    grounded_mamba("grounded_mamba", DEFAULT), grounded_mamba("groundthink", VARIANTS["groundthink"], split=8),
     encoder("lam", ("as is", "+ 100", "repeated token", "length 1", "length 63")),
     deltanet_lm("deltanet_lm", ("as is", "carried state", "+ 100", "repeated token", "length 1", "length 63")),
 ]
 LANGUAGE = [
     *LANGUAGE_FULL,
-    *(grounded_mamba(name, config, SOME) for name, config in VARIANTS.items() if name not in ("grounded_mamba", "groundthink")),
+    *(grounded_mamba(name, dataclasses.replace(config, depth=1), SOME, split=8) for name, config in VARIANTS.items()
+      if name not in ("grounded_mamba", "groundthink")),
     layer("delta_net_layer_learned_gate", ("as is", "+ 100"), rule="hierarchical", output_gate=False, transform="exact"),
     layer("delta_net_layer_plain_same", ("as is",), rule="plain", conv_kernel=3),
 ]

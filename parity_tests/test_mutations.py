@@ -19,8 +19,8 @@ CASE = grounded_mamba("grounded_mamba", DEFAULT, regimes=("as is", "carried stat
 
 # What no forward pass shows is found after it, so on one block, in float64 and with few splits, each of which compiles: test_grounded_mamba
 # has the other tiers.
-LATE = grounded_mamba("grounded_mamba_late", dataclasses.replace(DEFAULT, depth=1), regimes=("as is",))
-LATE = dataclasses.replace(LATE, dtypes=("float64",), states=dataclasses.replace(LATE.states, split_length=3))
+LATE = grounded_mamba("grounded_mamba_late", dataclasses.replace(DEFAULT, depth=1), regimes=("as is",), split=3)
+LATE = dataclasses.replace(LATE, dtypes=("float64",))
 
 
 def misread(name: str, path: str, **fields: Any) -> Injector:

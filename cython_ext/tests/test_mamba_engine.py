@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cython_ext
+import parity_tests
 from conf.models import GroundedMambaConfig
 from runtime import public, read_arrays
 from runtime.init import init_arrays
@@ -26,7 +27,7 @@ from cython_ext import mamba_engine  # noqa: E402
 from cython_ext.mamba_engine import GroundedMambaEngine, Sizes  # noqa: E402
 
 NAME = "grounded_mamba"
-GOLDEN = Path(__file__).parents[2] / "parity_tests" / "golden" / "groundthink_small.npz"
+GOLDEN = Path(parity_tests.__file__).parent / "golden" / "groundthink_small.npz"
 TINY = GroundedMambaConfig(vocab_size=23, dim=12, depth=2, ssm_dim=5, rwkv_heads=2, memory_size=7, retrieval_heads=3, gate="learned")
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
 

@@ -67,6 +67,15 @@ def test_a_broken_extension_is_not_taken_for_an_absent_one(tmp_path):
     assert "cython_ext.selective_scan is built but does not load" in refused
 
 
+def test_a_missing_openmp_library_is_named(monkeypatch):
+    def failing(name):
+        raise ImportError("libgomp.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(cython_ext.importlib, "import_module", failing)
+    with pytest.raises(ImportError, match=r"cython_ext\.dense is built but does not load \(libgomp.*apt-get install libgomp1"):
+        cython_ext.kernel("dense")
+
+
 def test_an_unknown_kernel_is_refused():
     for function in (cython_ext.kernel, cython_ext.is_built):
         with pytest.raises(ValueError, match=r"kernel must be one of 'selective_scan', 'delta_rule', .*found 'scan'"):

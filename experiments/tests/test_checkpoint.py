@@ -92,13 +92,14 @@ def test_differences_of_configuration_name_the_field() -> None:
     assert checkpoint.config_differences(saved, other) == ["model.dim was 12, is 18", "seed was 0, is 4"]
 
 
-# Trains in forked children, so that torch is imported once. Each kill is a real SIGKILL that a child sends itself at the point asked for:
-# before a step, or at one of the calls that make up the writing of a checkpoint.
+# Trains in forked children, so that torch, and what a run imports by itself, is imported once. Each kill is a real SIGKILL that a child sends
+# itself at the point asked for: before a step, or at one of the calls that make up the writing of a checkpoint.
 DRIVER = r'''
 import json, os, shutil, signal, sys
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, torch
+import matplotlib.backends.backend_svg, numpy as np, torch
+import cython_ext.selective_scan, cython_ext.wkv, experiments.steps.torch_step, runtime.torch_backend
 from experiments import checkpoint, train
 from experiments.steps.base import TrainStep
 from experiments.tests import tiny
