@@ -39,7 +39,8 @@ def rooflines(held: dict[str, Any]) -> Figure | None:
     for axes, count in zip(panels, counts, strict=True):
         roofline(axes, [case for case in held["runs"][count]["cases"].values() if case["bound"]])
         axes.set_title(f"{count} thread{'s' * (count != '1')}")
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(counts), fontsize=8, frameon=False)
+    entries = max((axes.get_legend_handles_labels() for axes in panels), key=lambda pair: len(pair[1]))
+    figure.legend(*entries, loc="outside lower center", ncols=1 + len(counts), fontsize=8, frameon=False)
     return figure
 
 

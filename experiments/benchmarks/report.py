@@ -35,8 +35,14 @@ def markdown(held: dict[str, Any]) -> str:
 def described(held: dict[str, Any]) -> str:
     """Versions, processor and commit, each that there was."""
     places = [result["environment"] for run in held["runs"].values() for kind in run.values() for result in kind.values()]
-    found = {name: sorted({place[name] for place in places if name in place}) for name in VERSIONS}
+    found = {name: sorted({short(place[name]) for place in places if name in place}) for name in VERSIONS}
     return ", ".join(f"{name} {' and '.join(values)}" for name, values in found.items() if values)
+
+
+def short(value: str) -> str:
+    """A commit by its first ten digits, with the "+" of a changed tree; anything else as it is."""
+    commit = value.rstrip("+")
+    return commit[:10] + value[len(commit) :] if len(commit) == 40 and " " not in commit else value
 
 
 def threads_of(held: dict[str, Any]) -> list[str]:
