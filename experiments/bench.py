@@ -70,6 +70,12 @@ def run(groups: Sequence[str], threads: Sequence[int], output: Path) -> int:
     from experiments.benchmarks import pictures, report
 
     kept = output / "bench.json"
+    try:  # now, not after half an hour
+        report.write(output / ".probe", "")
+        (output / ".probe").unlink()
+    except OSError as error:
+        print(f"--output: cannot write into {output}: {error.strerror or error}", file=sys.stderr)
+        return 2
     try:
         held = json.loads(kept.read_text()) if kept.exists() else {"runs": {}}
         held["runs"].items()

@@ -204,6 +204,12 @@ def test_groups_run_apart_and_a_red_one_is_told(monkeypatch, tmp_path, capfd):
     assert titles == {"1": {"mamba": "mamba 2", "lam": "lam 6"}, "2": {"lam": "lam 7", "memory": "memory 8"}}  # the newest of each
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert bench.run(["mamba"], [1], tmp_path / "file" / "below") == 2
+    assert "--output: cannot write into" in capsys.readouterr().err
+
+
 def test_another_file_of_that_name_is_left_alone(tmp_path, capsys):
     (tmp_path / "bench.json").write_text("[1, 2]")
     assert bench.run(["mamba"], [1], tmp_path) == 2
