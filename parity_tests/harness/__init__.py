@@ -1,6 +1,7 @@
 """Parity between a reference and a candidate: do they compute the same thing, and if not, where do they first part?
 
-Any `torch.nn.Module` (or a function over named arrays) against any Flax `nnx.Module` (or such a function). A port needs one case:
+Any `torch.nn.Module` (or a function over named arrays) against any Flax `nnx.Module` or `flax.linen.Module` (or such a function). A port
+needs one case:
 
     import numpy as np
     from parity_tests.harness import Bound, Case, StateProtocol

@@ -148,6 +148,8 @@ class Battery:
                 break
         for (regime, path), error in self.recording.refused.items():
             self.note(f"forced, {regime}: the reference refuses {path}: {error}")
+        for path, argument in self.recording.written.items():
+            self.note(f"{path or 'the model'}: the reference writes to its argument {argument}, so whatever reads that later sees it changed")
         found = lint.sizes(self.case.sizes)
         if self.candidate is not None:
             with applied(self.policy, self.kinds):

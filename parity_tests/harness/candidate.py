@@ -15,6 +15,8 @@ from .case import Case, Trajectory
 from .convert import WeightMap
 from .recording import Forced, Recording
 
+COMPILED = ("nnx", "linen")  # kinds of candidates whose adapters compile, and make twins
+
 
 class Candidate:
     """Adapters by precision, the weight map, and the weights as converted. Raises ConversionError when the weights do not fit."""
@@ -41,7 +43,7 @@ class Candidate:
 
     def release(self) -> None:
         """Give back what was compiled; whatever is called again is compiled again."""
-        if self.kind == "nnx":
+        if self.kind in COMPILED:
             for adapter in self.adapters.values():
                 adapter.release()
 
@@ -70,12 +72,12 @@ class Candidate:
     def start_calls(self, layers: Iterable[Forced], dtype: str) -> None:
         """Begin to compile what `call` will need for these layers."""
         for forced in layers:
-            if self.path(forced.path) is not None and (self.kind != "nnx" or self._key(forced, dtype) not in self.recording.candidate_outputs):
+            if self.path(forced.path) is not None and (self.kind not in COMPILED or self._key(forced, dtype) not in self.recording.candidate_outputs):
                 self.start(dtype, "call", lambda forced=forced: (self.arguments(forced), {}))
 
     def start(self, dtype: str, method: str, arguments: Callable[[], tuple[tuple, dict]]) -> None:
         """Begin to compile what a method of the adapter will need; adapters that compile nothing have nothing to begin."""
-        if self.kind == "nnx":
+        if self.kind in COMPILED:
             with contextlib.suppress(Exception):  # what is wrong with the arguments is reported when they are used
                 args, kwargs = arguments()
                 self.adapter(dtype).start(method, *args, **kwargs)
@@ -86,14 +88,14 @@ class Candidate:
 
     def mutated(self, weights: Mapping[str, np.ndarray], patches: tuple, trajectory: Trajectory | None, salt: Any) -> Candidate:
         """A twin with other weights, patched modules or another trajectory. Raises TypeError when the candidate cannot be patched."""
-        if patches and self.kind != "nnx":
+        if patches and self.kind not in COMPILED:
             raise TypeError(f"a candidate of kind {self.kind} has no modules to patch")
         other = object.__new__(Candidate)
         other.__dict__.update(self.__dict__)
         other.weights, other.trajectory, other.adapters = dict(weights), trajectory, {}
         for dtype in self.case.dtypes:
             source = self.adapter(dtype)
-            if self.kind == "nnx":
+            if self.kind in COMPILED:
                 other.adapters[dtype] = source.twin(patches, salt)
             else:
                 other.adapters[dtype] = opened(self.case, "candidate", dtype)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,16 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 class CaseError(ValueError):
     """A case that cannot be run as it is written."""
+
+
+def raised(error: BaseException) -> str:
+    """An exception in one line: its class, the first line of its message, and where in the user's files it came from."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    others = ("<", str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if not frame.filename.startswith(others) or frame.filename.startswith(str(Path(__file__).parent / "tests"))]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{': ' if line else ''}{line}{place}"
 
 
 @dataclass(frozen=True)
@@ -65,19 +78,21 @@ class Case:
     """A reference and a candidate that should compute the same thing.
 
     name: what reports call it.
-    reference, candidate: functions without arguments that make a `torch.nn.Module`, an `nnx.Module`, or an `Engine` (a function over
-        named arrays). They may take `dtype` ("float64", ...) when construction depends on it.
+    reference, candidate: functions without arguments that make a `torch.nn.Module`, an `nnx.Module`, a `flax.linen.Module` (unbound; its
+        variables are made from the inputs of `seed`), or an `Engine` (a function over named arrays). They may take `dtype` ("float64", ...)
+        when construction depends on it.
     inputs: `inputs(seed) -> dict of named NumPy arrays`, handed over by position in the order of the dict. With parameters `batch` and
         `length` (None for the case's own sizes) the length and batch regimes run as well.
-    names: reference module path -> candidate module path where the two differ, as a mapping of dotted prefixes (`*` stands for one part)
-        or a function; leaves follow their module.
+    names: reference module path -> candidate module path where the two differ, as a mapping of dotted prefixes (`*` stands for one part, or
+        for the end of one: `{"blocks.*": "blocks_*"}`) or a function; leaves follow their module.
     weights: rules of `convert` for the leaves that the kinds of layers do not settle.
     ties: reference leaf -> the reference leaf that it shares memory with (`{"lm_head.weight": "embedding.weight"}`).
     leaves: pattern of reference leaf names -> `f(rng, shape) -> values` used by the randomisation in place of the default.
     states: None for a model that carries no state.
     loss: pair (reference, candidate) of `f(outputs, inputs) -> scalar`; None for the mean squared distance of every
         float output from a fixed random target.
-    call: pair (reference, candidate) of `f(module, inputs, states) -> outputs`; None for `module(*inputs.values()[, states])`.
+    call: pair (reference, candidate) of `f(module, inputs, states) -> outputs`; None for `module(*inputs.values()[, states])`. A Linen
+        module comes bound to its variables.
     adapt: `f(path, args, kwargs) -> (args, kwargs)`, rewrites the reference's recorded arguments of a layer for the candidate's.
     trajectory: None leaves the optimiser tier out, and the report says so.
     bounds: over the defaults of `bounds`, the last that covers a place holds.
@@ -89,6 +104,7 @@ class Case:
     injectors: mutations for `parity run --mutations` and `run_mutations`.
     seed: of the randomised weights and of the inputs.
     jit: whether the candidate's calls are compiled as one program, as they are in use.
+    tap_limit: bytes that the recorded inputs and outputs of all modules of one run may take.
     """
 
     name: str
@@ -114,6 +130,7 @@ class Case:
     injectors: Sequence[Any] = ()
     seed: int = 0
     jit: bool = True
+    tap_limit: int = 1 << 30
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -132,6 +149,8 @@ class Case:
         unknown = [dtype for dtype in self.dtypes if dtype not in DTYPES]
         if unknown or "float64" not in self.dtypes:
             raise CaseError(f"dtypes of case {self.name!r} must be of {', '.join(DTYPES)} and hold float64, found {tuple(self.dtypes)!r}")
+        if isinstance(self.tap_limit, bool) or not isinstance(self.tap_limit, int) or self.tap_limit < 1:
+            raise CaseError(f"tap_limit of case {self.name!r} must be a whole number of bytes, found {self.tap_limit!r}")
         Bounds(self.bounds)
         chosen(self.regimes)
 
@@ -148,7 +167,10 @@ class Case:
     def draw(self, seed: int, *, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
         """Inputs of a seed as a dict of NumPy arrays. Raises CaseError when they are anything else."""
         sizes = {name: value for name, value in (("batch", batch), ("length", length)) if value is not None}
-        given = self.inputs(seed, **sizes)
+        try:
+            given = self.inputs(seed, **sizes)
+        except Exception as error:
+            raise CaseError(f"inputs of case {self.name!r} raised {raised(error)}") from error
         if not isinstance(given, Mapping) or not given:
             raise CaseError(f"inputs of case {self.name!r} must give a dict of named arrays, found {type(given).__name__}")
         for name, value in given.items():

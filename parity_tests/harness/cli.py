@@ -75,12 +75,18 @@ def _parser() -> _Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the result is the exit status."""
+    arguments = None
     try:
         arguments = _parser().parse_args(argv)
         return {"run": _run, "convert": _convert, "diff": _diff}[arguments.command](arguments)
     except (_Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
+        return 2
+    except SystemExit as error:
+        if arguments is None:  # --help
+            raise
+        print(f"parity: a case ended the program (exit status {error.code}) before it was compared", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("parity: interrupted", file=sys.stderr)

@@ -112,7 +112,8 @@ def _cosine(place: Place, name: str, found: Measure, bounds: Bounds) -> list[Che
     bound = bounds.find("cosine", place.where, place.regime)
     if found.cosine >= bound.value:
         return []
-    return [Check(place.tier, 10, place.where, name, place.regime, place.dtype, False, found.cosine, bound.value, bound.reason, "cosine", "",
+    detail = found.note if math.isnan(found.cosine) else ""
+    return [Check(place.tier, 10, place.where, name, place.regime, place.dtype, False, found.cosine, bound.value, bound.reason, "cosine", detail,
                   place.order, found)]
 
 
@@ -141,6 +142,10 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds)
             if reference.mismatched == 0:
                 checks.append(Check(place.tier, rule, place.where, name, place.regime, place.dtype, found.mismatched == 0, float(found.mismatched),
                                     0.0, "the reference makes the same choice in both precisions", "values that differ", "", place.order, found))
+            continue
+        if not np.isfinite(middle[name]).any():
+            checks.append(failed(place, 1, f"the reference itself gives no finite value in {place.dtype}: nothing can be compared; leave out the "
+                                 "regime or the precision", name, "finite values"))
             continue
         if not math.isfinite(found.relative_l2) and found.note and math.isfinite(reference.error_rms):
             checks.append(failed(place, 1, found.note, name, "finite values"))

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import tree
 from .adapters.base import Leaf
-from .case import CaseError
+from .case import CaseError, raised
 
 NORMS = ("layernorm", "rmsnorm", "groupnorm", "batchnorm")
 
@@ -60,7 +60,10 @@ def randomised(leaves: Mapping[str, Leaf], current: Mapping[str, np.ndarray], *,
         if not own and not floating:
             result[name] = current[name].copy()
             continue
-        values = np.asarray(own[-1](rng, leaf.shape) if own else default(leaf, rng))
+        try:
+            values = np.asarray(own[-1](rng, leaf.shape) if own else default(leaf, rng))
+        except Exception as error:
+            raise CaseError(f"leaves: the function for {name} raised {raised(error)}") from error
         if values.shape != leaf.shape or not np.isfinite(values.astype(np.float64)).all():
             raise CaseError(f"leaves: values for {name} have shape {values.shape} or are not finite, expected finite of {leaf.shape}")
         result[name] = tree.to_grid(values, grid) if floating else values.astype(current[name].dtype)

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from .case import Case, CaseError
+from .case import Case, CaseError, raised
 
 
 def nearest_pyproject(start: Path) -> Path | None:
@@ -49,8 +49,8 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     if callable(found) and not isinstance(found, (Case, type)):
         try:
             found = found()
-        except Exception as error:
-            raise CaseError(f"{spec} raised {type(error).__name__}: {_line(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise CaseError(f"{spec} raised {raised(error)}") from error
     if not _is_cases(found):
         raise CaseError(f"{spec} is {type(found).__name__}, expected a Case, a list of them, or a function that makes either")
     return [found] if isinstance(found, Case) else list(found)
@@ -76,9 +76,9 @@ def _file(path: Path, spec: str) -> Any:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that exits must not end the command as if all had held
         del sys.modules[name]
-        raise CaseError(f"{path} cannot be imported: {type(error).__name__}: {_line(error)}") from error
+        raise CaseError(f"{path} cannot be imported: {raised(error)}") from error
     return module
 
 
@@ -95,14 +95,10 @@ def _module(name: str, spec: str, root: Path) -> Any:
     _on_path(root)
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise CaseError(f"{name} cannot be imported (asked for {spec}): {type(error).__name__}: {_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}") from error
 
 
 def _on_path(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

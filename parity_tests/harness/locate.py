@@ -30,7 +30,8 @@ def first(checks: Sequence[Check]) -> Check | None:
     def key(item: tuple[int, Check]) -> tuple:
         place, check = item
         whole = "end to end" in check.regime
-        return (RANK.index(check.tier) if check.tier in RANK else len(RANK), whole, check.order, check.rule == 10, place)
+        rank = RANK.index(check.tier) if check.tier in RANK else len(RANK)
+        return (check.quantity != "determinism", rank, whole, check.order, check.rule == 10, place)
 
     return min(wrong, key=key)[1]
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from .adapters.base import Leaf, joined
+from .case import CaseError, raised
 from .convert import Constant, ConversionError, Operation, Rule, Transpose, WeightMap
 
 KINDS: Mapping[tuple[str, str], tuple[str, tuple[Operation, ...]]] = {
@@ -36,9 +37,12 @@ KINDS: Mapping[tuple[str, str], tuple[str, tuple[Operation, ...]]] = {
 
 
 def renamer(names: Mapping[str, str] | Callable[[str], str]) -> Callable[[str], str]:
-    """A function from reference paths to candidate paths; the longest dotted prefix of a mapping wins, `*` stands for one part."""
+    """A function from reference paths to candidate paths; the longest dotted prefix of a mapping wins, `*` stands for one part.
+
+    In a candidate's path it may be a piece of a part: `{"blocks.*": "blocks_*"}`, as Linen names the modules of a list.
+    """
     if callable(names):
-        return names
+        return _checked(names)
     table = sorted(((source.split("."), target.split(".")) for source, target in names.items()), key=lambda item: -len(item[0]))
 
     def rename(path: str) -> str:
@@ -46,9 +50,22 @@ def renamer(names: Mapping[str, str] | Callable[[str], str]) -> Callable[[str], 
         for source, target in table:
             if len(source) <= len(parts) and all(want in ("*", part) for want, part in zip(source, parts, strict=False)):
                 stars = iter(part for want, part in zip(source, parts, strict=False) if want == "*")
-                fixed = [next(stars, "*") if part == "*" else part for part in target]
+                fixed = [part.replace("*", next(stars, "*"), 1) if "*" in part else part for part in target]
                 return ".".join([*(part for part in fixed if part), *parts[len(source):]])
         return path
+
+    return rename
+
+
+def _checked(names: Callable[[str], str]) -> Callable[[str], str]:
+    def rename(path: str) -> str:
+        try:
+            found = names(path)
+        except Exception as error:
+            raise CaseError(f"names of the case raised {raised(error)} for {path!r}") from error
+        if not isinstance(found, str):
+            raise CaseError(f"names of the case gives {type(found).__name__} for {path!r}, expected a dotted path")
+        return found
 
     return rename
 
@@ -84,11 +101,13 @@ def build(reference: Mapping[str, Leaf], candidate: Mapping[str, Leaf], *, names
     problems += _double(found, "sources", "read") + _double(found, "targets", "set")
     set_once = {name for rule in found for name in rule.targets}
     empty = [leaf for leaf in candidate.values() if leaf.name not in set_once]
-    problems += [f"unused: {leaf.name} {leaf.shape} of the reference has no place in the candidate{_suggest(leaf, empty)}" for leaf in lost]
+    placed = {reference[name].module for rule in found for name in rule.sources}  # a bias without a place beside weights that have one
+    problems += [f"{'missing bias' if 'bias' in leaf.attribute and leaf.module in placed else 'unused'}: {leaf.name} {leaf.shape} of the reference "
+                 f"has no place in the candidate{_suggest(leaf, empty)}" for leaf in lost]
     problems += [f"missing: {leaf.name} {leaf.shape} of the candidate is set by nothing{_suggest(leaf, lost)}" for leaf in empty]
     problems += _misshapen(found, reference, candidate)
     if problems:
-        raise ConversionError(f"{len(problems)} problems with the weights:\n  " + "\n  ".join(problems))
+        raise ConversionError(f"{len(problems)} problem{'s' * (len(problems) > 1)} with the weights:\n  " + "\n  ".join(problems))
     return WeightMap(tuple(found), dict(ties))
 
 

@@ -167,5 +167,6 @@ def measure(reference: Any, candidate: Any, *, check_dtype: bool = True) -> Meas
         max_ulp=max_ulp(*original), snr_db=snr, error_rms=distance / math.sqrt(left.size) / factor,
         reference_rms=size / math.sqrt(left.size) / factor,
         worst_row=row, worst_channel=channel, worst_step=step, mismatched=mismatched,
-        note="" if everywhere else f"{int((~finite).sum())} of {left.size} values are not finite, at the same places in both",
+        note="" if everywhere else f"{int((~finite).sum())} of {left.size} values are not finite, at the same places in both" if finite.any()
+        else f"none of {left.size} values is finite, in both: nothing can be compared",
     )

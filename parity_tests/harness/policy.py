@@ -33,16 +33,16 @@ class Policy:
 
 @contextlib.contextmanager
 def applied(policy: Policy, kinds: Iterable[str]) -> Iterator[None]:
-    """Hold the policy in the frameworks named in `kinds` ("torch", "nnx"), and put back what was there before."""
+    """Hold the policy in the frameworks named in `kinds` ("torch", "nnx", "linen"), and put back what was there before."""
     with contextlib.ExitStack() as stack:
         if "torch" in kinds:
             from .adapters import torch_adapter
 
             stack.enter_context(torch_adapter.precision(policy))
-        if "nnx" in kinds:
-            from .adapters import nnx_adapter
+        if {"nnx", "linen"} & set(kinds):
+            from .adapters import jax_shared
 
-            stack.enter_context(nnx_adapter.precision(policy))
+            stack.enter_context(jax_shared.precision(policy))
         yield
 
 
@@ -54,10 +54,10 @@ def described(policy: Policy, kinds: Iterable[str], jit: bool) -> dict:
         from .adapters import torch_adapter
 
         record["threads"] = torch_adapter.threads()
-    if "nnx" in kinds:
-        from .adapters import nnx_adapter
+    if {"nnx", "linen"} & set(kinds):
+        from .adapters import jax_shared
 
-        record["device"] = nnx_adapter.device()
+        record["device"] = jax_shared.device()
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

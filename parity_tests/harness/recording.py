@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 
 from . import mapping, tree
 from .adapters import opened
-from .adapters.base import Adapter, Call, Run
-from .case import Case, CaseError
+from .adapters.base import Adapter, Call, Run, Unsupported, digest
+from .case import Case, CaseError, raised
 from .leaves import randomised
 from .regimes import AS_IS, BY_NAME, Regime, chosen, transformed
 
@@ -32,6 +33,21 @@ class Forced:
 
 class Skip(Exception):
     """A regime that does not apply to a case; the message says why."""
+
+
+class ReferenceRaised(Exception):
+    """An exception of the reference while the two were compared; the message is the exception in one line."""
+
+
+@contextlib.contextmanager
+def of_reference() -> Iterator[None]:
+    """What is raised in here, other than Unsupported, is the reference's: it is raised again as ReferenceRaised."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise ReferenceRaised(raised(error)) from error
 
 
 def matching(table: Mapping[str, str], name: str) -> str | None:
@@ -57,6 +73,7 @@ class Recording:
         self.candidate_outputs: dict[tuple, Any] = {}
         self.shared: dict[Any, Any] = {}
         self.refused: dict[tuple[str, str], str] = {}
+        self.written: dict[str, str] = {}
         self._runs: dict[tuple[str, str], Run] = {}
         self._forced: dict[str, list[Forced]] = {}
         self._own: dict[tuple, Any] = {}
@@ -96,7 +113,11 @@ class Recording:
                 drawn = self.case.draw(self.case.seed)
                 shape = next(iter(drawn.values())).shape
                 first_is_time = self.case.states.axis == 0 and next(iter(drawn)) in self.case.along(drawn)
-                given = self.grid(self.case.states.initial(self.case.seed, shape[1 if first_is_time else 0]))
+                try:
+                    made = self.case.states.initial(self.case.seed, shape[1 if first_is_time else 0])
+                except Exception as error:
+                    raise CaseError(f"states.initial of case {self.case.name!r} raised {raised(error)}") from error
+                given = self.grid(made)
                 self._carried = tree.like(self.state_of(self.run(BY_NAME[AS_IS]).outputs), given)
             else:
                 other = self.reference["float64"].run(self.inputs(BY_NAME[AS_IS], offset=1), None, tap=False)
@@ -117,11 +138,19 @@ class Recording:
         if key not in self._runs:
             inputs, states = self.inputs(regime), self.states(regime)
             try:
-                self._runs[key] = self.adapter(dtype).run(inputs, states, tap=dtype == "float64")
+                run = self.adapter(dtype).run(inputs, states, tap=dtype == "float64")
+                again = self.adapter(dtype).run(inputs, states) if key == (AS_IS, "float64") else run
             except Exception as error:
                 if regime.name == AS_IS:
-                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run: {type(error).__name__}: {error}") from error
+                    if isinstance(error, CaseError):
+                        raise
+                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run: {raised(error)}") from error
                 raise Skip(f"the reference refuses it: {error}") from error
+            if digest(again.outputs) != digest(run.outputs):
+                raise CaseError(f"the reference of case {self.case.name!r} gives other outputs when it is called again with the same weights and "
+                                "inputs: it draws random numbers (dropout left on?) or keeps something between calls; make it deterministic")
+            self.written.update(run.written)
+            self._runs[key] = run
         return self._runs[key]
 
     def order(self) -> dict[str, int]:
@@ -164,7 +193,8 @@ class Recording:
         """Outputs of a forced layer of the reference in a lower precision."""
         key = (regime.name, forced.index, dtype)
         if key not in self._own:
-            self._own[key] = self.adapter(dtype).call(forced.path, forced.args, forced.kwargs)
+            with of_reference():
+                self._own[key] = self.adapter(dtype).call(forced.path, forced.args, forced.kwargs)
         return self._own[key]
 
     @staticmethod

@@ -10,10 +10,11 @@ import numpy as np
 
 from . import tree
 from .adapters.base import Unsupported
+from .case import raised
 from .compare import Check, Place, exact, failed, passed, rounded
 from .convert import copied, unique_integers
 from .measure import MeasureError, relative_l2
-from .recording import Forced, Skip, matching
+from .recording import Forced, ReferenceRaised, Skip, matching
 from .regimes import AS_IS, Regime
 
 if TYPE_CHECKING:
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
 
 
 def guarded(place: Place, battery: Battery, compute: Callable[[], list[Check]]) -> list[Check]:
-    """The checks of `compute`; an exception of the candidate is a failed check that carries its first line."""
+    """The checks of `compute`; an exception is a failed check that carries its first line."""
     try:
         return compute()
     except (Unsupported, Skip):
         raise
+    except ReferenceRaised as error:
+        return [failed(place, 1, f"the reference raised {error}", quantity="a result")]
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return [failed(place, 1, f"the candidate raised {type(error).__name__}: {line}", quantity="a result")]
+        return [failed(place, 1, f"the candidate raised {raised(error)}", quantity="a result")]
 
 
 def applicable(battery: Battery, tier: str, get: Callable[[Regime], Any]) -> Iterator[tuple[Regime, Any]]:

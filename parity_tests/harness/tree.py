@@ -54,6 +54,11 @@ def named(tree: Any) -> dict[str, Any]:
     return leaves
 
 
+def listed(tree: Any) -> list[tuple[str, Any]]:
+    """Names and leaves in order, None left out; two leaves may have one name."""
+    return list(_walk(tree, ""))
+
+
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same tree with `function` applied to every leaf; a Mapping becomes a dict."""
     return map_named(lambda _, leaf: function(leaf), tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import tree
-from ..case import Trajectory
+from ..case import CaseError, Trajectory
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ class Call:
 
 @dataclass
 class Run:
-    """Outputs of the model, calls of its modules in the order in which they ended, and what the run changed that it must not change."""
+    """Outputs of the model, calls of its modules in the order in which they ended, and what the run changed that it must not change.
+
+    `untapped` are modules whose calls could not be recorded; `written` says which argument a module wrote to.
+    """
 
     outputs: Any
     calls: list[Call]
     effects: list[str] = field(default_factory=list)
     untapped: frozenset[str] = frozenset()
+    written: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -136,6 +141,15 @@ def digest(value: Any) -> str:
         else:
             state.update(f"{name} {leaf!r}".encode())
     return state.hexdigest()
+
+
+def within(limit: int, held: int, path: str, value: Any) -> int:
+    """Bytes held when the arrays of `value`, which a call of `path` was given or gave, are kept as well. Raises CaseError above the limit."""
+    held += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in tree.listed(value) if hasattr(leaf, "dtype"))
+    if held > limit:
+        raise CaseError(f"what the modules of one run take and give is more than tap_limit, {limit:,} bytes (reached at "
+                        f"{path or 'the model'}): make the inputs smaller, or give the case a higher tap_limit")
+    return held
 
 
 def joined(*parts: str) -> str:

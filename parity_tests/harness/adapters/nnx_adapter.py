@@ -11,37 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from flax import errors, nnx
 
 from .. import tree
 from ..case import Case, Trajectory
-from ..policy import Policy
-from .base import Call, Gradients, Leaf, Node, Run, Trained, check_names, cotangent, joined, target
-from .nnx_trace import Patch, Programs, Tap, compiled, instrumented, is_array, modules_of
+from .base import Call, Gradients, Leaf, Node, Run, Trained, check_names, joined
+from .jax_shared import RANDOM, Part, distance, is_float32, numpied, projection, wide
+from .nnx_trace import Patch, Programs, Tap, compiled, instrumented, modules_of
 
 LAYERS = (
     (nnx.Linear, "linear"), (nnx.LinearGeneral, "lineargeneral"), (nnx.Embed, "embedding"), (nnx.LayerNorm, "layernorm"),
     (nnx.RMSNorm, "rmsnorm"), (nnx.GroupNorm, "groupnorm"), (nnx.BatchNorm, "batchnorm"), (nnx.Dropout, "dropout"),
 )
 SETTINGS = ("epsilon", "use_fast_variance", "momentum", "rate", "deterministic", "num_groups", "padding", "dtype")
-
-
-@contextlib.contextmanager
-def precision(policy: Policy) -> Iterator[None]:
-    """JAX's matmul precision as the policy says while the context lasts."""
-    with jax.default_matmul_precision("default" if policy.tf32 else policy.matmul):
-        yield
-
-
-def device() -> str:
-    """The device JAX computes on."""
-    found = jax.devices()[0]
-    return f"{found.platform} ({found.device_kind})"
-
-
-def wide(on: bool) -> Any:
-    """Context in which JAX has 64-bit types (or has not)."""
-    return jax.enable_x64(on)
 
 
 def _random(variable: nnx.Variable) -> bool:
@@ -63,15 +45,8 @@ def _retyped(model: nnx.Module, dtype: str) -> None:
     for module in modules_of(model).values():
         for name in ("dtype", "param_dtype"):
             held = getattr(module, name, None)
-            if held is not None and _is_float32(held):
+            if held is not None and is_float32(held):
                 setattr(module, name, jnp.dtype(dtype))
-
-
-def _is_float32(held: Any) -> bool:
-    try:
-        return jnp.dtype(held) == jnp.float32
-    except TypeError:
-        return False
 
 
 class NNXAdapter:
@@ -94,7 +69,7 @@ class NNXAdapter:
             self.weights = {name: variable.get_value() for name, (_, variable) in self.variables.items()}
         self._leaves: dict[str, Leaf] = {}
         self._digests: dict[str, str] = {}
-        self._subs: dict[str, tuple[Any, dict, dict]] = {}
+        self._subs: dict[str, Part] = {}
 
     def release(self) -> None:
         """Give the compiled programs back: each holds memory mappings, and Linux allows a process 65,530 of them."""
@@ -102,7 +77,7 @@ class NNXAdapter:
 
     def twin(self, patches: Sequence[Patch], salt: Any = None) -> NNXAdapter:
         """The same model with patches in place, sharing compiled programs; `salt` keeps it from sharing any."""
-        other = object.__new__(NNXAdapter)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.patches, other.salt, other.weights = tuple(patches), salt, dict(self.weights)
         other._digests, other._subs = {}, {}
@@ -132,14 +107,14 @@ class NNXAdapter:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Copies of every leaf."""
-        return {name: _numpy(value) for name, value in self.weights.items()}
+        return {name: numpied(value) for name, value in self.weights.items()}
 
     def run(self, inputs: Mapping[str, np.ndarray], states: Any = None, *, tap: bool = True, quick: bool = True) -> Run:
         """Run the model once, tapping every module, and report variables that the run changed; `quick` compiles with little optimisation."""
 
         def function(value: dict) -> dict:
-            model, record = self._merged(value["weights"]), Tap()
-            with instrumented(model, [(patch.path, patch) for patch in self.patches], record if tap else None):
+            record = Tap(self.case.tap_limit)
+            with self._live(value["weights"], record if tap else None) as model:
                 outputs = self._invoke(model, value["inputs"], value["states"])
             return {"outputs": outputs, "calls": record.calls, "after": self._values(model) if tap else {}, "untapped": sorted(record.untapped)}
 
@@ -147,7 +122,7 @@ class NNXAdapter:
             value = {"weights": self.weights, "inputs": self._arrays(dict(inputs)), "states": self._arrays(states)}
             result = self.programs.run(("run", tap, *self._key()), function, value, self.case.jit,
                                        quick=quick)
-            result = tree.map_leaves(_numpy, result)
+            result = tree.map_leaves(numpied, result)
         effects = [f"variable {name} changed during the call" for name, value in self.arrays().items()
                    if tap and value.tobytes() != result["after"][name].tobytes()]
         return Run(result["outputs"], [Call(*call) for call in result["calls"]], effects, frozenset(result["untapped"]))
@@ -155,44 +130,40 @@ class NNXAdapter:
     def call(self, path: str, args: tuple, kwargs: dict) -> Any:
         """Outputs of the module at `path` on the given arguments; equal modules share one compiled program."""
         with self._context():
-            graph, weights, rest = self._sub(path)
+            part = self._part(path)
 
             def function(value: dict) -> Any:
-                module = nnx.merge(graph, _state(value["weights"], rest))
-                with instrumented(module, self._below(path), None):
+                with part.live(value["weights"]) as module:
                     return module(*value["args"], **value["kwargs"])
 
-            value = {"weights": weights, "args": self._arrays(args), "kwargs": self._arrays(kwargs)}
-            return tree.map_leaves(_numpy, self.programs.run(("call", *self._key(path, graph)), function, value, self.case.jit, quick=True))
+            value = {"weights": part.weights, "args": self._arrays(args), "kwargs": self._arrays(kwargs)}
+            return tree.map_leaves(numpied, self.programs.run(("call", *self._key(path, part.graph)), function, value, self.case.jit, quick=True))
 
     def gradients(self, inputs: Mapping[str, np.ndarray], states: Any, seed: int) -> Gradients:
         """Loss of the case and its gradients with respect to every nnx.Param, float input and state leaf."""
 
         def loss(weights: dict, given: dict) -> Any:
-            model = self._merged(weights)
-            with instrumented(model, [(patch.path, patch) for patch in self.patches], None):
+            with self._live(weights) as model:
                 outputs = self._invoke(model, given["input"], given["state"])
             return self._loss(outputs, given["input"], seed)
 
         with self._context():
-            trained = {name: isinstance(variable, nnx.Param) for name, (_, variable) in self.variables.items()}
+            trained = {name: leaf.trainable for name, leaf in self.leaves().items()}
             given = {"input": self._arrays(dict(inputs)), "state": self._arrays(states)}
             return self._differentiate(("gradients", seed, *self._key()), loss, self.weights, trained, given, lambda name: name)
 
     def call_gradients(self, path: str, args: tuple, kwargs: dict, seed: int) -> Gradients:
         """Gradients of a fixed random projection of one layer's outputs, by full leaf name and `args.N`."""
         with self._context():
-            graph, weights, rest = self._sub(path)
+            part = self._part(path)
 
             def loss(values: dict, given: dict) -> Any:
-                module = nnx.merge(graph, _state(values, rest))
-                with instrumented(module, self._below(path), None):
-                    return _projection(module(*given["args"], **given["kwargs"]), seed)
+                with part.live(values) as module:
+                    return projection(module(*given["args"], **given["kwargs"]), seed)
 
-            trained = {name: isinstance(rest[name][1], nnx.Param) for name in weights}
             given = {"args": self._arrays(args), "kwargs": self._arrays(kwargs)}
-            key = ("call gradients", seed, *self._key(path, graph))
-            return self._differentiate(key, loss, weights, trained, given, lambda name: joined(path, name))
+            key = ("call gradients", seed, *self._key(path, part.graph))
+            return self._differentiate(key, loss, part.weights, part.trained, given, lambda name: joined(part.path, name))
 
     def train(self, batches: Sequence[Mapping[str, np.ndarray]], trajectory: Trajectory, seed: int) -> Trained:
         """AdamW by optax over the batches; parameters are nnx.Param, other variables change only through `after`."""
@@ -200,14 +171,13 @@ class NNXAdapter:
                                 weight_decay=trajectory.weight_decay)
         with self._context():
             split = [{}, {}]
-            for name, value in self.weights.items():
-                split[0 if isinstance(self.variables[name][1], nnx.Param) else 1][name] = value
+            for name, leaf in self.leaves().items():
+                split[0 if leaf.trainable else 1][name] = self.weights[name]
             parameters, others = split
 
             def loss(parameters: dict, others: dict, given: dict) -> Any:
                 given = {name: given[name] for name in batches[0]}  # jit sorts a dict by its keys, and inputs go by position
-                model = self._merged({**parameters, **others})
-                with instrumented(model, [(patch.path, patch) for patch in self.patches], None):
+                with self._live({**parameters, **others}) as model:
                     outputs = trajectory.call[self.position](model, given) if trajectory.call else self._invoke(model, given, None)
                 return self._loss(outputs, given, seed), outputs
 
@@ -219,9 +189,9 @@ class NNXAdapter:
                 updates, optimiser_state = optimiser.update(grads, optimiser_state, parameters)
                 parameters = optax.apply_updates(parameters, updates)
                 if trajectory.after:
-                    model = self._merged({**parameters, **others})
-                    trajectory.after[self.position](model, outputs)
-                    values = self._values(model)
+                    with self._live({**parameters, **others}) as model:
+                        trajectory.after[self.position](model, outputs)
+                        values = self._values(model)
                     parameters, others = ({name: values[name] for name in group} for group in (parameters, others))
                 return parameters, others, optimiser_state, value
 
@@ -232,7 +202,7 @@ class NNXAdapter:
             for batch in batches:
                 parameters, others, optimiser_state, value = step(parameters, others, optimiser_state, self._arrays(dict(batch)))
                 losses.append(float(value))
-            arrays = {name: _numpy(value) for name, value in {**parameters, **others}.items()}
+            arrays = {name: numpied(value) for name, value in {**parameters, **others}.items()}
         return Trained(np.asarray(losses), arrays)
 
     def start(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -269,6 +239,18 @@ class NNXAdapter:
     def _below(self, path: str) -> list[tuple[str, Patch]]:
         return [(patch.below(path), patch) for patch in self.patches if patch.below(path) is not None]
 
+    @contextlib.contextmanager
+    def _live(self, weights: Mapping[str, Any], tap: Tap | None = None) -> Iterator[nnx.Module]:
+        """The model with these weights, its patches in place and its calls recorded in `tap` while the context lasts."""
+        model = self._merged(weights)
+        with instrumented(model, [(patch.path, patch) for patch in self.patches], tap):
+            try:
+                yield model
+            except errors.TraceContextError as error:
+                if "Rng" not in str(error):
+                    raise
+                raise RuntimeError(f"it draws random numbers when it is called ({str(error).partition(' (http')[0]}): {RANDOM}") from error
+
     def _merged(self, weights: Mapping[str, Any]) -> nnx.Module:
         flat = {path: variable.replace(weights[name]) for name, (path, variable) in self.variables.items()}
         return nnx.merge(self.graph, nnx.from_flat_state(list({**flat, **self.random}.items())))
@@ -277,8 +259,8 @@ class NNXAdapter:
         flat = dict(nnx.to_flat_state(nnx.state(model)))
         return {name: flat[path].get_value() for name, (path, _) in self.variables.items()}
 
-    def _sub(self, path: str) -> tuple[Any, dict, dict]:
-        """Graph, arrays and variables (by name relative to it) of the module at `path`, split from a model that holds the weights."""
+    def _part(self, path: str) -> Part:
+        """The module at `path` by itself, split from a model that holds the weights."""
         if path not in self._subs:
             if "model" not in self.__dict__.get("_filled", {}) or self._filled["weights"] is not self.weights:
                 self._filled = {"weights": self.weights, "model": self._merged(self.weights)}
@@ -286,7 +268,14 @@ class NNXAdapter:
             graph, state = nnx.split(self._filled["modules"][path])
             flat = {".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)}
             weights = {name: variable.get_value() for name, (_, variable) in flat.items() if not _random(variable)}
-            self._subs[path] = (graph, weights, flat)
+
+            @contextlib.contextmanager
+            def live(values: Mapping[str, Any]) -> Iterator[nnx.Module]:
+                module = nnx.merge(graph, _state(values, flat))
+                with instrumented(module, self._below(path), None):
+                    yield module
+
+            self._subs[path] = Part(path, graph, weights, {name: isinstance(flat[name][1], nnx.Param) for name in weights}, live)
         return self._subs[path]
 
     def _differentiate(self, key: tuple, loss: Callable, weights: dict, trained: Mapping[str, bool], given: Any, rename: Callable) -> Gradients:
@@ -301,11 +290,11 @@ class NNXAdapter:
             inputs = {name: slot for name, slot in tree.named(tree.unpack(floats, structure)).items() if tree.is_float(slot)}
             return {"loss": total, "parameters": parameters, "inputs": inputs}
 
-        result = tree.map_leaves(_numpy, self.programs.run(key, function, {"weights": weights, "given": given}, self.case.jit, quick=True))
+        result = tree.map_leaves(numpied, self.programs.run(key, function, {"weights": weights, "given": given}, self.case.jit, quick=True))
         return Gradients(float(result["loss"]), {rename(name): value for name, value in result["parameters"].items()}, result["inputs"])
 
     def _loss(self, outputs: Any, given: dict, seed: int) -> Any:
-        return _distance(outputs, seed) if self.case.loss is None else self.case.loss[self.position](outputs, given)
+        return distance(outputs, seed) if self.case.loss is None else self.case.loss[self.position](outputs, given)
 
     def _invoke(self, model: nnx.Module, given: dict, carried: Any) -> Any:
         if self.case.call is not None:
@@ -322,27 +311,3 @@ class NNXAdapter:
 def _state(weights: Mapping[str, Any], variables: Mapping[str, tuple]) -> nnx.State:
     return nnx.from_flat_state([(key, variable.replace(weights[name]) if name in weights else variable)
                                 for name, (key, variable) in variables.items()])
-
-
-def _numpy(value: Any) -> Any:
-    if not is_array(value):
-        return value
-    if str(value.dtype) in ("bfloat16", "float16"):
-        value = value.astype(jnp.float32)
-    return np.array(value, copy=True)
-
-
-def _projection(outputs: Any, seed: int) -> Any:
-    total: Any = 0.0
-    for name, leaf in tree.named(outputs).items():
-        if tree.is_float(leaf):
-            total = total + (leaf * jnp.asarray(cotangent(name, tuple(leaf.shape), seed), leaf.dtype)).sum()
-    return total
-
-
-def _distance(outputs: Any, seed: int) -> Any:
-    total: Any = 0.0
-    for name, leaf in tree.named(outputs).items():
-        if tree.is_float(leaf):
-            total = total + 0.5 * jnp.square(leaf - jnp.asarray(target(name, tuple(leaf.shape), seed), leaf.dtype)).mean()
-    return total

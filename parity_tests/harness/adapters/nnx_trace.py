@@ -20,6 +20,7 @@ from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
 from .. import tree
+from .base import within
 
 QUICK = ({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}, {"xla_backend_optimization_level": 0})
 
@@ -46,10 +47,22 @@ class Patch:
 
 @dataclass
 class Tap:
-    """Calls of a trace in the order in which they ended, as (path, index, args, kwargs, outputs) of tracers."""
+    """Calls of a trace in the order in which they ended, as (path, index, args, kwargs, outputs) of tracers.
 
+    Raises CaseError when they hold more than `limit` bytes.
+    """
+
+    limit: int
     calls: list[tuple[str, int, tuple, dict, Any]] = field(default_factory=list)
     untapped: set[str] = field(default_factory=set)
+    held: int = 0
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, path: str, args: tuple, kwargs: dict, outputs: Any) -> None:
+        """Record a call that has ended."""
+        self.held = within(self.limit, self.held, path, (args, kwargs, outputs))
+        index = self._counts[path] = self._counts.get(path, -1) + 1
+        self.calls.append((path, index, args, kwargs, outputs))
 
 
 def modules_of(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -80,7 +93,7 @@ def instrumented(model: nnx.Module, patches: Sequence[tuple[str, Patch]], tap: T
                 raise ValueError(f"a patch names method {patch.method!r} of {path!r}, which {type(modules[path]).__name__} does not have")
             table.setdefault((id(modules[path]), patch.method), (path, []))[1].append(patch)
     wanted = {(type(module), method) for module in modules.values() for (key, method) in table if key == id(module)}
-    kept, outer, busy, counts = [], get_opaque_trace_state(convention="nnx"), set(), {}
+    kept, outer, busy = [], get_opaque_trace_state(convention="nnx"), set()
 
     def wrap(original: Callable, method: str) -> Callable:
         def method_with_tap(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +111,7 @@ def instrumented(model: nnx.Module, patches: Sequence[tuple[str, Patch]], tap: T
                 busy.discard(key)
             if tap is not None and method == "__call__":
                 if get_opaque_trace_state(convention="nnx") == outer:
-                    index = counts[path] = counts.get(path, -1) + 1
-                    tap.calls.append((path, index, args, kwargs, outputs))
+                    tap.add(path, args, kwargs, outputs)
                 else:
                     tap.untapped.add(path)
             return outputs

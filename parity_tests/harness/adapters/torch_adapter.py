@@ -16,7 +16,7 @@ from torch import nn
 from .. import tree
 from ..case import Case, Trajectory
 from ..policy import Policy
-from .base import Call, Gradients, Leaf, Node, Run, Trained, check_names, cotangent, digest, joined, target
+from .base import Call, Gradients, Leaf, Node, Run, Trained, Unsupported, check_names, cotangent, digest, joined, target, within
 
 LAYERS = (
     (nn.Linear, "linear"), (nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d"), (nn.Embedding, "embedding"), (nn.LayerNorm, "layernorm"),
@@ -123,10 +123,11 @@ class TorchAdapter:
         held = (lambda: [digest(tree.map_leaves(_numpy, value)) for value in (dict(self.module.state_dict()), given, carried)]) if tap else list
         before = held()
         calls: list[Call] = []
-        with torch.no_grad(), _tapped(self.module, calls if tap else None):
+        written: dict[str, str] = {}
+        with torch.no_grad(), _tapped(self.module, calls if tap else None, written, self.case.tap_limit):
             outputs = self._invoke(self.module, given, carried)
         effects = [f"{what} changed during the call" for what, left, right in zip(WATCHED, before, held(), strict=False) if left != right]
-        return Run(tree.map_leaves(_numpy, outputs), calls, effects)
+        return Run(tree.map_leaves(_numpy, outputs), calls, effects, written=written)
 
     def call(self, path: str, args: tuple, kwargs: dict) -> Any:
         """Outputs of the module at `path` on the given arguments."""
@@ -137,13 +138,14 @@ class TorchAdapter:
     def gradients(self, inputs: Mapping[str, np.ndarray], states: Any, seed: int) -> Gradients:
         """Loss of the case and its gradients with respect to every trainable leaf, float input and state leaf."""
         given, carried = self._tensors(dict(inputs), True), self._tensors(states, True)
-        outputs = self._invoke(self.module, given, carried)
+        outputs = self._invoke(self.module, *_handed((given, carried)))
         return self._backward(self.module, "", self._loss(outputs, given, seed), {"input": given, "state": carried})
 
     def call_gradients(self, path: str, args: tuple, kwargs: dict, seed: int) -> Gradients:
         """Gradients of a fixed random projection of one layer's outputs, by full leaf name and `args.N`."""
         module, given = self.module.get_submodule(path), self._tensors((args, kwargs), True)
-        outputs = module(*given[0], **given[1])
+        args, kwargs = _handed(given)
+        outputs = module(*args, **kwargs)
         return self._backward(module, path, _projection(outputs, seed), {"args": given[0], "kwargs": given[1]})
 
     def _loss(self, outputs: Any, given: dict, seed: int) -> torch.Tensor:
@@ -173,6 +175,8 @@ class TorchAdapter:
             optimiser.zero_grad(set_to_none=True)
             outputs = trajectory.call[self.position](module, given) if trajectory.call else self._invoke(module, given, None)
             loss = self._loss(outputs, given, seed)
+            if not _tracked(loss):
+                raise Unsupported("no output of the reference is a float that depends on a trained weight, and the case gives no loss")
             loss.backward()
             if trajectory.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, trajectory.clip)
@@ -202,6 +206,15 @@ def _layer(module: nn.Module) -> str:
     return next((name for cls, name in LAYERS if isinstance(module, cls)), type(module).__name__)
 
 
+def _same(left: np.ndarray, right: Any) -> bool:
+    return isinstance(right, np.ndarray) and np.array_equal(left, right, equal_nan=left.dtype.kind in "fc")
+
+
+def _handed(value: Any) -> Any:
+    """The same values, but no leaves of the gradient: a module may write to its arguments, and torch forbids that to a leaf."""
+    return tree.map_leaves(lambda leaf: leaf.clone() if _tracked(leaf) else leaf, value)
+
+
 def _tracked(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
@@ -223,22 +236,34 @@ def _distance(outputs: Any, seed: int) -> Any:
 
 
 @contextlib.contextmanager
-def _tapped(module: nn.Module, calls: list[Call] | None) -> Iterator[None]:
-    """Hooks on every module that append a Call when a call ends; arguments are copied before the call can write to them."""
+def _tapped(module: nn.Module, calls: list[Call] | None, written: dict[str, str], limit: int) -> Iterator[None]:
+    """Hooks on every module that append a Call when a call ends; arguments are copied before the call can write to them.
+
+    `written` gets the first argument that a module changed, by path.
+    Raises CaseError when the calls hold more than `limit` bytes.
+    """
     if calls is None:
         yield
         return
-    handles, pending, counts = [], {}, {}
+    handles, pending, counts, held = [], {}, {}, 0
 
     def before(path: str) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal held
+            held = within(limit, held, path, (args, kwargs))
             pending.setdefault(path, []).append(tree.map_leaves(_numpy, (args, kwargs)))
 
         return hook
 
     def after(path: str) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:
+            nonlocal held
+            held = within(limit, held, path, outputs)
             given = pending[path].pop()
+            was, now = (tree.listed({"args": left, "kwargs": right}) for left, right in (given, (args, kwargs)))
+            for (name, leaf), (_, before_it) in zip(now, was, strict=False):  # a container may have changed as well
+                if isinstance(leaf, torch.Tensor) and not _same(_numpy(leaf), before_it):
+                    written.setdefault(path, name)
             index = counts[path] = counts.get(path, -1) + 1
             calls.append(Call(path, index, given[0], given[1], tree.map_leaves(_numpy, outputs)))
 

@@ -35,7 +35,7 @@ def pair() -> tuple[Recording, Candidate]:
 
 def test_kinds_are_told_by_class() -> None:
     assert kind_of(toy_torch.Toy()) == "torch" and kind_of(toy_nnx.Toy()) == "nnx" and kind_of(Engine(lambda arrays: None)) == "callable"
-    with pytest.raises(CaseError, match=r"expected a torch\.nn\.Module, an nnx\.Module or an Engine, found builtins\.int"):
+    with pytest.raises(CaseError, match=r"expected a torch\.nn\.Module, an nnx\.Module, a flax\.linen\.Module or an Engine, found builtins\.int"):
         kind_of(3)
 
 

@@ -139,6 +139,7 @@ def test_arrays_by_other_names_are_refused(arrays: dict, words: str) -> None:
     ({"model.layers.*": "blocks.*"}, "model.layers.3.norm.weight", "blocks.3.norm.weight"),
     ({"a": "b", "a.c": "d"}, "a.c.x", "d.x"),
     ({"a.*.mlp.*": "b.*.*"}, "a.1.mlp.2.w", "b.1.2.w"),
+    ({"blocks.*": "blocks_*", "blocks.*.up": "blocks_*.Dense_0"}, "blocks.3.up.weight", "blocks_3.Dense_0.weight"),
     ({}, "a.b", "a.b"),
     (str.upper, "a.b", "A.B"),
 ])

@@ -1,0 +1,1 @@
+"""Cases over other people's implementations, each a file for `parity run`."""
