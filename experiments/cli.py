@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ from omegaconf import DictConfig
 
 from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
+from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
 from experiments.checkpoint import newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
@@ -38,6 +40,7 @@ USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave control [OVERRIDE ...] [-m]
        groundwave evaluate task=sts path=CSV model=FOLDER|teacher [OVERRIDE ...] [-m]
        groundwave evaluate task=documents model=FOLDER [OVERRIDE ...] [-m]
+       groundwave parity [OVERRIDE ...] [-m]
        groundwave compare RUN_A RUN_B [--band RUN_C ...] [--output FOLDER]
 
 train     trains a language model; any field can be set, as in model.dim=96 backend=jax training.steps=300; -m sweeps over
@@ -47,6 +50,8 @@ control   trains the robot core WaveCore on episodes of a scripted expert and pu
           environment.name=Reacher-v5 backend=jax.
 evaluate  measures a saved LAM: task=sts correlates cosines of embeddings with the scores of (sentence, sentence, score);
           task=documents gives time and memory of documents of lengths=[5000,10000,20000] tokens.
+parity    runs the parity harness on cases, precisions and seeds, as in case=lam dtype=[float32,bfloat16] seed=0, and logs what it finds;
+          case=my_port.py:case is a port of your own.
 compare   compares the loss curves of two runs with what rounding alone does to a third.
 """
 
@@ -115,6 +120,18 @@ def _evaluate(config: EvaluateConfig, folder: Path, group: str | None) -> int:
     return evaluate.run(config, folder)
 
 
+def _check_parity(config: ParityConfig) -> None:
+    from experiments import parity
+
+    parity.jobs(config)
+
+
+def _parity(config: ParityConfig, folder: Path, group: str | None) -> int:
+    from experiments import parity
+
+    return parity.run(config, folder, group=group)
+
+
 COMMANDS = {
     "train": Command(
         _check_train, lambda config: f"{config.architecture}-{config.backend.name}-seed{config.seed}", _train,
@@ -124,6 +141,10 @@ COMMANDS = {
     "control": Command(
         _check_control, lambda config: f"{config.environment.name.replace('/', '-')}-{config.backend.name}-seed{config.seed}", _control,
         "interrupted; saved cores are in checkpoints/",
+    ),
+    "parity": Command(
+        _check_parity, lambda config: re.sub(r"[^\w.+-]+", "_", "-".join(["parity", *config.cases[:3]])), _parity,
+        "interrupted; reports of the batteries that ended are in the run's folder",
     ),
     "evaluate": Command(_check_evaluate, lambda config: f"evaluate-{config.task}", _evaluate),
 }
@@ -181,13 +202,13 @@ def writable(folder: Path) -> None:
         raise RunError(f"run_dir: cannot write into the output folder {folder}: {error.strerror or error}") from error
 
 
-def _job(config: DictConfig, root: str) -> None:
-    """One job, run by Hydra; errors leave as SystemExit, which Hydra does not dress up."""
+def _job(config: DictConfig, root: str) -> int:
+    """One job, run by Hydra, and its exit status; errors leave as SystemExit, which Hydra does not dress up and which ends a sweep."""
     try:
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
         sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
-        status = COMMANDS[root].run(validate(config, root), folder, sweep)
+        return COMMANDS[root].run(validate(config, root), folder, sweep)
     except RunError as error:
         print(f"groundwave: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -197,18 +218,18 @@ def _job(config: DictConfig, root: str) -> None:
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(1) from error
-    if status:
-        raise SystemExit(status)
 
 
 def run_root(root: str, arguments: list[str]) -> int:
-    """`groundwave train`, `distil`, `control` or `evaluate`. Returns the exit status."""
+    """A command of `COMMANDS`. Returns the exit status: of the jobs of a sweep, which all run, the worst."""
     prepared = prepare(arguments, root)
     GlobalHydra.instance().clear()
     register()
 
+    statuses = [0]
+
     def job(config: DictConfig) -> None:
-        _job(config, root)
+        statuses.append(_job(config, root))
 
     saved = sys.argv
     sys.argv = [saved[0] if saved else "groundwave", *prepared]
@@ -216,7 +237,7 @@ def run_root(root: str, arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=f"pkg://{MODULES[root]}", config_name=root)(job)()
     finally:
         sys.argv = saved
-    return 0
+    return max(statuses)
 
 
 def run_compare(arguments: list[str]) -> int:

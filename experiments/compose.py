@@ -1,7 +1,7 @@
 """Configurations composed and validated as Hydra would, before it runs a job with them.
 
-A root is a YAML file with a schema: `train`, `distil`, `control`, `evaluate`. Whatever is wrong with its fields is a RunError of one line that names
-the field.
+A root is a YAML file with a schema: `train`, `distil`, `control`, `evaluate`, `parity`. Whatever is wrong with its fields is a RunError of one
+line that names the field.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from conf import schema
 from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.models import WaveCoreConfig
+from conf.parity_schema import ParityConfig
 from experiments.errors import RunError
 
-ROOTS: dict[str, type] = {"train": schema.TrainConfig, "distil": DistilConfig, "control": ControlConfig, "evaluate": EvaluateConfig}
-MODULES = {"train": "conf", "distil": "conf", "control": "conf", "evaluate": "conf.commands.evaluate"}  # the package that holds the root's YAML
+ROOTS: dict[str, type] = {
+    "train": schema.TrainConfig, "distil": DistilConfig, "control": ControlConfig, "evaluate": EvaluateConfig, "parity": ParityConfig,
+}
+MODULES = dict.fromkeys(ROOTS, "conf") | {"evaluate": "conf.commands.evaluate"}  # the package that holds the root's YAML
 _NOISE = ("full_key:", "object_type=", "reference_type=", "See ", "To append", "Set the environment variable")
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 

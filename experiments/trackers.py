@@ -39,6 +39,9 @@ class Tracker:
     def text(self, name: str, text: str, step: int) -> None:
         """Text at a step."""
 
+    def html(self, name: str, page: str, step: int) -> None:
+        """A page that needs nothing else, at a step."""
+
     def artifact(self, name: str, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
         """A file or folder, copied."""
 
@@ -110,6 +113,10 @@ class WandbTracker(Tracker):
 
     def text(self, name: str, text: str, step: int) -> None:
         self.table(name, ["step", "text"], [[step, text]], step)
+
+    def html(self, name: str, page: str, step: int) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.log({name: self._wandb.Html(page, inject=False)}, step=step))
 
     def artifact(self, name: str, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
         def add() -> None:

@@ -18,7 +18,7 @@ needs one case:
         sizes={"batch": 3, "length": 6, "dim": 15, "state": 7, "vocabulary": 11},
     )
 
-and one command, `parity run my_case.py:case`, or in a test file
+and one command, `parity run my_case.py:case` (`--html page.html` for a page to look at), or in a test file
 
     from parity_tests.harness import parity_case
 
@@ -45,7 +45,7 @@ _HOMES = {
     "Measure": "measure", "MeasureError": "measure", "cosine": "measure", "relative_l2": "measure",
     "Injector": "mutate", "Mutation": "mutate", "run_mutations": "mutate",
     "Engine": "adapters.callable_adapter", "Patch": "adapters.nnx_trace",
-    "to_json": "report", "from_json": "report", "parity_case": "plugin", "mutation_tests": "plugin",
+    "to_json": "report", "from_json": "report", "ReportError": "records", "page": "html", "parity_case": "plugin", "mutation_tests": "plugin",
 }
 
 __all__ = sorted(_HOMES)

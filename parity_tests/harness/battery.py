@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import lint, locate, tiers, tiers_more, tree
+from . import lint, locate, provenance, tiers, tiers_more, tree
 from .adapters.base import Call, Gradients, Run, Trained, Unsupported
 from .bounds import Bounds
 from .candidate import Candidate
@@ -21,6 +21,7 @@ from .convert import ConversionError
 from .policy import Policy, applied, described
 from .recording import Recording
 from .regimes import AS_IS, Regime
+from .series import Series
 
 TIERS: Mapping[str, Callable[[Battery], list[Check]]] = {
     "conversion": tiers.conversion,
@@ -54,7 +55,10 @@ class TierResult:
 
 @dataclass
 class Result:
-    """What a battery found: tiers, notes, lint, policy, the order in which modules run, and how far inputs agreed in free runs."""
+    """What a battery found: tiers, notes, lint, policy, the order in which modules run, and how far inputs agreed in free runs.
+
+    `meta` says where it comes from (`provenance`), `series` is what a report draws along an axis.
+    """
 
     case: str
     tiers: list[TierResult]
@@ -66,6 +70,7 @@ class Result:
     leaves: int
     sentence: str = ""
     meta: dict = field(default_factory=dict)
+    series: list[Series] = field(default_factory=list)
 
     @property
     def checks(self) -> list[Check]:
@@ -88,6 +93,7 @@ class Battery:
         self.notes: list[str] = []
         self.input_errors: dict[str, float] = {}
         self.broken: list[Check] = []
+        self.series: list[Series] = []
         self._tiers: dict[str, TierResult] = {}
         self._runs: dict[tuple[str, str], Run] = {}
         self.kinds: set[str] = set()
@@ -156,7 +162,8 @@ class Battery:
                 found += lint.defaults(self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules(),
                                        self.candidate.path)
         return Result(self.case.name, done, list(self.notes), found, described(self.policy, self.kinds, self.case.jit), dict(self.order),
-                      dict(self.input_errors), len(self.recording.leaves), locate.sentence([c for t in done for c in t.checks], self.input_errors))
+                      dict(self.input_errors), len(self.recording.leaves), locate.sentence([c for t in done for c in t.checks], self.input_errors),
+                      meta=provenance.described(self.case), series=list(self.series))
 
     def done(self) -> tuple[str, ...]:
         """Names of the tiers that have run."""

@@ -1,4 +1,4 @@
-"""The `parity` command: run cases, convert weights, compare two files of named arrays.
+"""The `parity` command: run cases, show reports again, convert weights, compare two files of named arrays.
 
 Exit status: 0 everything held, 1 something did not, 2 the question itself was wrong (one line on standard error).
 """
@@ -6,8 +6,9 @@ Exit status: 0 everything held, 1 something did not, 2 the question itself was w
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import formats, loading, locate, report
+from . import formats, html, loading, locate, records, report, shown
 from .adapters.base import Unsupported
 from .battery import TIERS, Battery, Result
 from .bounds import BoundError
@@ -23,11 +24,11 @@ from .candidate import Candidate
 from .case import DTYPES, Case, CaseError
 from .convert import ConversionError
 from .measure import MeasureError, measure
-from .mutate import run_mutations
+from .mutate import Mutation, run_mutations
 from .policy import Policy
 from .recording import Recording
 
-USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, MeasureError, Unsupported)
+USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, MeasureError, Unsupported, records.ReportError)
 
 
 WIDTH = 120  # columns of a report that goes to a file
@@ -54,11 +55,18 @@ def _parser() -> _Parser:
     run.add_argument("--regime", action="append", help="run under this regime only (may be repeated)")
     run.add_argument("--seed", type=int, help="seed of weights and inputs")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON as well")
+    run.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML page as well")
     run.add_argument("--threads", type=int, help="threads that torch computes with (default 1)")
     run.add_argument("--eager", action="store_true", help="do not compile the candidate")
     run.add_argument("--mutations", action="store_true", help="then inject the case's own mutations and demand that each is located")
     run.add_argument("--summary", action="store_true", help="no table of layers")
     run.add_argument("--quiet", action="store_true", help="no progress")
+
+    again = commands.add_parser("report", help="show reports again, in the terminal or as one HTML page")
+    again.add_argument("files", nargs="*", type=Path, metavar="JSON", help="what `parity run --json` wrote; of one case the newest counts")
+    again.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page of all of them, with earlier results of a case as its history")
+    again.add_argument("--summary", action="store_true", help="no table of layers")
+    again.add_argument("--schema", action="store_true", help="print the JSON Schema of a report and do nothing else")
 
     convert = commands.add_parser("convert", help="convert a file of weights between formats and, with --case, between names")
     convert.add_argument("source", type=Path, metavar="SRC")
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = _parser().parse_args(argv)
-        return {"run": _run, "convert": _convert, "diff": _diff}[arguments.command](arguments)
+        return {"run": _run, "report": _report, "convert": _convert, "diff": _diff}[arguments.command](arguments)
     except (_Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
@@ -113,9 +121,25 @@ def _adjusted(case: Case, arguments: argparse.Namespace) -> Case:
         raise CaseError(str(error)) from error
 
 
+def _check_files(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise _Usage for a file to write whose folder does not exist: before anything is computed."""
+    for name in names:
+        path = getattr(arguments, name)
+        if path is not None and not path.parent.is_dir():
+            raise _Usage(f"--{name} {path}: the folder {path.parent} does not exist")
+
+
+def _write(option: str, path: Path | None, make: Callable[[], str]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(make(), encoding="utf-8")
+    except OSError as error:
+        raise CaseError(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise _Usage(f"--json {arguments.json}: the folder {arguments.json.parent} does not exist")
+    _check_files(arguments, "json", "html")
     try:
         policy = Policy() if arguments.threads is None else Policy(threads=arguments.threads)
     except ValueError as error:
@@ -123,6 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
     cases = [_adjusted(case, arguments) for case in _cases(arguments.cases)]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     results: list[Result] = []
+    mutations: dict[str, list[Mutation]] = {}
     held = True
     for case in cases:
         with console.status(f"{case.name}", spinner="line") as status:
@@ -137,16 +162,25 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.mutations and result.held:
             found = run_mutations(case, policy=policy, healthy=False)
             report.mutations_table(found, console)
+            mutations[case.name] = found
             held = held and all(item.held for item in found)
-    if len(results) > 1:
-        good = sum(result.held for result in results)
-        console.print(f"{good} of {len(results)} cases hold" + "".join(f"; {escape(result.case)} does not" for result in results if not result.held))
-    if arguments.json is not None:
-        try:
-            arguments.json.write_text(report.to_json(results))
-        except OSError as error:
-            raise CaseError(f"--json {arguments.json} cannot be written: {error.strerror}") from error
+    shown.total(results, console)
+    _write("--json", arguments.json, lambda: report.to_json(results, mutations))
+    _write("--html", arguments.html, lambda: html.page(results, mutations))
     return 0 if held else 1
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        print(json.dumps(records.schema(), indent=2))
+        return 0
+    if not arguments.files:
+        raise _Usage("report needs at least one JSON file, as `parity run --json FILE` writes it")
+    _check_files(arguments, "html")
+    results, mutations = shown.read(arguments.files)
+    _write("--html", arguments.html, lambda: html.page(results, mutations))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    return 0 if shown.show(results, mutations, console, table=not arguments.summary) else 1
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -1,25 +1,22 @@
-"""Reports: a terminal table in run order with the verdict first and one line of totals, and JSON that reads back as it was written."""
+"""Reports: a terminal table in run order with the verdict first and one line of totals, and JSON (`records`)."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import types
-import typing
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from . import records
 from .battery import Result
 from .compare import Check
 from .locate import number
 from .mutate import Mutation
+from .records import SCHEMA, ReportError, from_json, mutations_from_json
 
-SCHEMA = "parity-report/1"
+__all__ = ["SCHEMA", "ReportError", "from_json", "mutations_from_json", "mutations_table", "terminal", "to_json", "totals", "worst"]
 
 
 def worst(checks: Iterable[Check]) -> Check | None:
@@ -102,50 +99,6 @@ def mutations_table(found: Sequence[Mutation], console: Console) -> None:
                   f"{sum(item.cosine_alone for item in found)}")
 
 
-def _plain(value: Any) -> Any:
-    """Native JSON values; numbers that JSON does not have are spelled as strings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (bool, int, float, str)):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def to_json(results: Sequence[Result]) -> str:
-    """Results as JSON: a schema name, the verdict as a boolean, and everything that was measured."""
-    record = {"schema": SCHEMA, "held": bool(results) and all(result.held for result in results),
-              "cases": [{**_plain(result), "held": result.held, "totals": totals(result)} for result in results]}
-    return json.dumps(record, allow_nan=False, separators=(",", ":"))
-
-
-def from_json(text: str) -> list[Result]:
-    """The results that `to_json` wrote. Raises ValueError for another schema."""
-    record = json.loads(text)
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"expected a report of schema {SCHEMA}, found {found!r}")
-    return [_typed(Result, case) for case in record["cases"]]
-
-
-def _typed(kind: Any, value: Any) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _typed(next(item for item in args if item is not type(None)), value)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{field.name: _typed(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})
-    if kind is float:
-        return float(value)
-    if origin is list:
-        return [_typed(args[0], item) for item in value]
-    if origin is tuple:
-        return tuple(_typed(args[0], item) for item in value)
-    if origin is dict:
-        return {key: _typed(args[1], item) for key, item in value.items()}
-    return value
+def to_json(results: Sequence[Result], mutations: Mapping[str, Sequence[Mutation]] | None = None) -> str:
+    """Results, and the mutations of cases by name, as JSON of the schema that `records` describes."""
+    return records.to_json(results, [totals(result) for result in results], mutations)

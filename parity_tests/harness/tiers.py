@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import tree
+from . import series, tree
 from .adapters.base import Unsupported
 from .case import raised
 from .compare import Check, Place, exact, failed, passed, rounded
@@ -149,6 +149,9 @@ def free(battery: Battery) -> list[Check]:
                 if call.path:
                     place = Place("free", call.path, regime.name, "float64", battery.position(call.path))
                     found += exact(place, call.outputs, other.outputs, battery.bounds, "free")
+                    if regime.name == AS_IS and call.index == 0:
+                        over_time(battery, regime, place, call.outputs, other.outputs)
+            over_time(battery, regime, last, reference.outputs, run.outputs)
             return found + exact(last, reference.outputs, run.outputs, battery.bounds, "free")
 
         checks += guarded(last, battery, compare)
@@ -182,11 +185,21 @@ def rounding(battery: Battery) -> list[Check]:
             place = Place("rounding", "", f"{regime.name}, end to end", dtype, battery.position(""))
 
             def compare(regime: Regime = regime, oracle: Any = oracle, place: Place = place, dtype: str = dtype) -> list[Check]:
-                return rounded(place, oracle.outputs, battery.recording.run(regime, dtype).outputs, battery.free_run(regime, dtype).outputs,
-                               battery.bounds)
+                own, found = battery.recording.run(regime, dtype).outputs, battery.free_run(regime, dtype).outputs
+                over_time(battery, regime, place, oracle.outputs, found, own)
+                return rounded(place, oracle.outputs, own, found, battery.bounds)
 
             checks += guarded(place, battery, compare)
     return checks
+
+
+def over_time(battery: Battery, regime: Regime, place: Place, oracle: Any, candidate: Any, own: Any = None) -> None:
+    """Keep the error over time steps for the report, under the plain regimes and the longest one."""
+    longest = max((other.length or 0 for other in battery.recording.regimes), default=0)
+    if regime in battery.recording.plain() or (regime.length is not None and regime.length == longest):
+        with contextlib.suppress(tree.TreeError):  # outputs that have no names are reported where they are compared
+            axis = series.steps(battery.case, battery.recording.inputs(regime))
+            battery.series += series.over_time((place.where, regime.name, place.dtype), axis, oracle, candidate, own)
 
 
 def splits(battery: Battery) -> list[Check]:

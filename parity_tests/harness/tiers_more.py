@@ -13,6 +13,7 @@ from .leaves import moved
 from .measure import MeasureError, measure
 from .recording import ReferenceRaised, Skip, matching, of_reference
 from .regimes import AS_IS, Regime
+from .series import TRAINING, Series
 from .tiers import guarded
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ def optimiser(battery: Battery) -> list[Check]:
     def compare() -> list[Check]:
         battery.progress(f"optimiser: {len(batches)} steps of the candidate")
         right = battery.candidate.adapter("float64").train(batches, trajectory, case.seed)
+        losses = [[float(loss) for loss in side.losses] for side in (right, left)]
+        battery.series.append(Series(TRAINING, "", "loss", place.regime, "float64", *losses))
         checks = exact(place, {"loss": left.losses}, {"loss": right.losses}, battery.bounds, "optimiser", 6)
         arrays = battery.candidate.map.to_reference(right.arrays)
         for name, expected in left.arrays.items():

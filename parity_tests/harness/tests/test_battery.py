@@ -263,6 +263,14 @@ def test_a_single_layer_is_compared_as_a_whole() -> None:
     assert sum("inputs of the case take no length" in note for note in result.notes) == 1
 
 
+def test_the_losses_of_both_sides_and_the_error_over_time_are_kept(healthy: Result) -> None:
+    (trained,) = (line for line in healthy.series if line.kind == "training")
+    assert len(trained.candidate) == len(trained.reference) == 10 and trained.candidate == pytest.approx(trained.reference, rel=1e-9)
+    lengths = {(line.regime, len(line.candidate)) for line in healthy.series if line.kind == "time" and not line.where}
+    assert lengths == {("as is", 6), ("carried state", 6), ("length 2", 2)}
+    assert {"embedding", "blocks.0.cell", "norm_out"} <= {line.where for line in healthy.series}
+
+
 def test_released_programs_are_given_back_and_made_again() -> None:
     battery = Battery(CASE)
     assert battery.tier("effects").held
