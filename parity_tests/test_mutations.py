@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from parity_tests import families
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters.nnx_trace import Patch
 from parity_tests.harness.mutate import Injector, Mutation
@@ -65,3 +66,8 @@ found, test_detected_and_located = mutation_tests((CASE, INJECTORS), (LATE, LATE
 def test_cosine_alone_misses_what_the_rules_find(found: dict[str, Mutation]) -> None:
     missed = {name for name, item in found.items() if not item.cosine_alone}
     assert {bugs.dropped_state("blocks.1.ssm").name, bugs.untied("embedding").name, bugs.epsilon("blocks.0.ln_rwkv").name} <= missed
+
+
+def test_the_diagnosis_names_the_family(found: dict[str, Mutation]) -> None:
+    right, wrong = families.named(found.values())
+    assert right >= 0.7 * len(found), wrong

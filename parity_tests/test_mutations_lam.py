@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_impl.ops import delta_rule as ops
+from parity_tests import families
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters.nnx_trace import Patch
 from parity_tests.harness.mutate import Injector, Mutation
@@ -118,6 +119,11 @@ MORE = (
 )
 
 found, test_detected_and_located = mutation_tests((CASE, INJECTORS), more=((CASE, MORE),))
+
+
+def test_the_diagnosis_names_the_family(found: dict[str, Mutation]) -> None:
+    right, wrong = families.named(found.values())
+    assert right >= 0.7 * len(found), wrong
 
 
 def test_cosine_alone_misses_most_of_what_the_rule_hides(found: dict[str, Mutation]) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jax_impl.ops import cms
 from jax_impl.ops.wave import saturate, selective_step, softplus
+from parity_tests import families
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters.nnx_trace import Patch
 from parity_tests.harness.bounds import Bounds
@@ -231,6 +232,11 @@ MORE_ON_A_ROLLOUT = (
 
 found, test_detected_and_located = mutation_tests(
     (STEP, ON_A_STEP), (ROLLOUT, ON_A_ROLLOUT), more=((STEP, MORE_ON_A_STEP), (ROLLOUT, MORE_ON_A_ROLLOUT)), healthy=(STEP,))
+
+
+def test_the_diagnosis_names_the_family(found: dict[str, Mutation]) -> None:
+    right, wrong = families.named(found.values())
+    assert right >= 0.7 * len(found), wrong
 
 
 def test_cosine_alone_misses_what_the_rules_find(found: dict[str, Mutation]) -> None:

@@ -45,7 +45,8 @@ _HOMES = {
     "Measure": "measure", "MeasureError": "measure", "cosine": "measure", "relative_l2": "measure",
     "Injector": "mutate", "Mutation": "mutate", "run_mutations": "mutate",
     "Engine": "adapters.callable_adapter", "Patch": "adapters.nnx_trace",
-    "to_json": "report", "from_json": "report", "ReportError": "records", "page": "html", "parity_case": "plugin", "mutation_tests": "plugin",
+    "Diagnosis": "explain", "to_json": "report", "from_json": "report", "ReportError": "records", "page": "html",
+    "parity_case": "plugin", "mutation_tests": "plugin",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from . import lint, locate, provenance, tiers, tiers_more, tree
+from . import diagnose, lint, locate, provenance, tiers, tiers_more, tree, voting
 from .adapters.base import Call, Gradients, Run, Trained, Unsupported
 from .bounds import Bounds
 from .candidate import Candidate
 from .case import Case
 from .compare import Check, Place, failed
 from .convert import ConversionError
+from .explain import Diagnosis
 from .policy import Policy, applied, described
 from .recording import Recording
 from .regimes import AS_IS, Regime
@@ -28,6 +29,7 @@ TIERS: Mapping[str, Callable[[Battery], list[Check]]] = {
     "coverage": tiers.coverage,
     "forced": tiers.forced,
     "free": tiers.free,
+    "voting": voting.voting,
     "rounding": tiers.rounding,
     "gradients": tiers_more.gradients,
     "splits": tiers.splits,
@@ -46,6 +48,7 @@ class TierResult:
     seconds: float
     skipped: str = ""
     sentence: str = ""
+    diagnosis: Diagnosis | None = None
 
     @property
     def held(self) -> bool:
@@ -69,6 +72,7 @@ class Result:
     input_errors: dict[str, float]
     leaves: int
     sentence: str = ""
+    diagnosis: Diagnosis | None = None
     meta: dict = field(default_factory=dict)
     series: list[Series] = field(default_factory=list)
 
@@ -94,6 +98,8 @@ class Battery:
         self.input_errors: dict[str, float] = {}
         self.broken: list[Check] = []
         self.series: list[Series] = []
+        self.trained: Trained | None = None
+        self.diagnosed: str | None = None
         self._tiers: dict[str, TierResult] = {}
         self._runs: dict[tuple[str, str], Run] = {}
         self.kinds: set[str] = set()
@@ -135,8 +141,9 @@ class Battery:
                     skipped = str(reason)
             if not all(check.held for check in checks) and self.candidate is not None:
                 self._agreement()
-            result = TierResult(name, checks, time.perf_counter() - start, skipped)
-            result.sentence = locate.sentence(result.checks, self.input_errors)
+            found = self._diagnosis(name, checks)
+            result = TierResult(name, checks, time.perf_counter() - start, skipped, diagnosis=found)
+            result.sentence = locate.sentence(result.checks, self.input_errors, found)
             self._tiers[name] = result
         return self._tiers[name]
 
@@ -161,8 +168,11 @@ class Battery:
             with applied(self.policy, self.kinds):
                 found += lint.defaults(self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules(),
                                        self.candidate.path)
+        checks = [check for tier in done for check in tier.checks]
+        first = locate.first(checks)
+        looks = None if first is None else self._tiers[first.tier].diagnosis
         return Result(self.case.name, done, list(self.notes), found, described(self.policy, self.kinds, self.case.jit), dict(self.order),
-                      dict(self.input_errors), len(self.recording.leaves), locate.sentence([c for t in done for c in t.checks], self.input_errors),
+                      dict(self.input_errors), len(self.recording.leaves), locate.sentence(checks, self.input_errors, looks), looks,
                       meta=provenance.described(self.case), series=list(self.series))
 
     def done(self) -> tuple[str, ...]:
@@ -251,6 +261,28 @@ class Battery:
     def reference_training(self, batches: Sequence[Mapping[str, np.ndarray]]) -> Trained:
         """The optimiser run of the reference, computed once for all candidates."""
         return self._once("training", lambda: self.recording.adapter("float64").train(batches, self.case.trajectory, self.case.seed))
+
+    def batches(self) -> list[dict[str, np.ndarray]]:
+        """The inputs of every step of the optimiser run."""
+        case = self.case
+        return [self.recording.grid(case.draw(case.seed + 101 + step, batch=case.trajectory.batch, length=case.trajectory.length))
+                for step in range(case.trajectory.steps)]
+
+    def _diagnosis(self, name: str, checks: list[Check]) -> Diagnosis | None:
+        """What the first divergence of the first tier that fails looks like; later tiers see the same bug through more layers."""
+        first = locate.first(checks)
+        if first is None or self.diagnosed not in (None, name):
+            return None
+        self.progress(f"diagnosis of {first.where or 'the whole model'}")
+        try:
+            with applied(self.policy, self.kinds):
+                found = diagnose.diagnose(self, first)
+        except Exception as error:  # the verdict stands without it
+            self.note(f"{name}: no diagnosis, {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            return None
+        if found is not None:
+            self.diagnosed = name
+        return found
 
     def _agreement(self) -> None:
         """How far inputs agree in the plain free run, which a sentence about a layer says; nothing when the candidate cannot run."""

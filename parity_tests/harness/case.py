@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import mapfile
 from .bounds import Bound, Bounds
 from .regimes import Regime, chosen
 
@@ -85,7 +86,7 @@ class Case:
         `length` (None for the case's own sizes) the length and batch regimes run as well.
     names: reference module path -> candidate module path where the two differ, as a mapping of dotted prefixes (`*` stands for one part, or
         for the end of one: `{"blocks.*": "blocks_*"}`) or a function; leaves follow their module.
-    weights: rules of `convert` for the leaves that the kinds of layers do not settle.
+    weights: rules of `convert` for the leaves that the kinds of layers do not settle, or the path of a file that `parity map` wrote.
     ties: reference leaf -> the reference leaf that it shares memory with (`{"lm_head.weight": "embedding.weight"}`).
     leaves: pattern of reference leaf names -> `f(rng, shape) -> values` used by the randomisation in place of the default.
     states: None for a model that carries no state.
@@ -94,6 +95,7 @@ class Case:
     call: pair (reference, candidate) of `f(module, inputs, states) -> outputs`; None for `module(*inputs.values()[, states])`. A Linen
         module comes bound to its variables.
     adapt: `f(path, args, kwargs) -> (args, kwargs)`, rewrites the reference's recorded arguments of a layer for the candidate's.
+    also: name -> further implementation for the vote: a factory as `candidate`, or a pair (factory, call) with a call of its own.
     trajectory: None leaves the optimiser tier out, and the report says so.
     bounds: over the defaults of `bounds`, the last that covers a place holds.
     unpaired: pattern of reference module paths that the candidate does not have -> reason.
@@ -112,13 +114,14 @@ class Case:
     candidate: Callable[..., Any]
     inputs: Callable[..., Mapping[str, np.ndarray]]
     names: Mapping[str, str] | Callable[[str], str] = field(default_factory=dict)
-    weights: Sequence[Any] = ()
+    weights: Sequence[Any] | str | Path = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     leaves: Mapping[str, Callable] = field(default_factory=dict)
     states: StateProtocol | None = None
     loss: tuple[Callable, Callable] | None = None
     call: tuple[Callable, Callable] | None = None
     adapt: Callable | None = None
+    also: Mapping[str, Any] = field(default_factory=dict)
     trajectory: Trajectory | None = field(default_factory=Trajectory)
     bounds: Sequence[Bound] = ()
     regimes: Sequence[Regime | str] | None = None
@@ -138,10 +141,17 @@ class Case:
         for role in ("reference", "candidate", "inputs"):
             if not callable(getattr(self, role)):
                 raise CaseError(f"{role} of case {self.name!r} must be a function, found {getattr(self, role)!r}")
+        if isinstance(self.weights, (str, Path)):
+            rules, ties = mapfile.load(self.weights)
+            object.__setattr__(self, "weights", rules)
+            object.__setattr__(self, "ties", {**ties, **self.ties})
         for pair in ("loss", "call"):
             value = getattr(self, pair)
             if value is not None and not (isinstance(value, tuple) and len(value) == 2 and all(map(callable, value))):
                 raise CaseError(f"{pair} of case {self.name!r} must be a pair of functions (reference, candidate), found {value!r}")
+        for name, entry in self.also.items():
+            if not callable(entry) and not (isinstance(entry, tuple) and len(entry) == 2 and all(map(callable, entry))):
+                raise CaseError(f"also[{name!r}] of case {self.name!r} must be a factory or a pair (factory, call), found {entry!r}")
         for table in ("unpaired", "not_forced", "unobservable"):
             for pattern, reason in getattr(self, table).items():
                 if not isinstance(reason, str) or len(reason.split()) < 2:

@@ -1,4 +1,4 @@
-"""The `parity` command: run cases, show reports again, convert weights, compare two files of named arrays.
+"""The `parity` command: run cases, show reports again, convert weights, propose weight maps, compare two files of named arrays.
 
 Exit status: 0 everything held, 1 something did not, 2 the question itself was wrong (one line on standard error).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import formats, html, loading, locate, records, report, shown
+from . import formats, html, loading, locate, mapfile, records, report, shown
 from .adapters.base import Unsupported
 from .battery import TIERS, Battery, Result
 from .bounds import BoundError
@@ -74,6 +75,10 @@ def _parser() -> _Parser:
     convert.add_argument("--case", help=case_help.partition(";")[0])
     convert.add_argument("--to", choices=["candidate", "reference"], help="whose names the result has; needs --case")
 
+    mapping = commands.add_parser("map", help="propose a weight map for a case, verify it by gradients, and write it as a file")
+    mapping.add_argument("case", metavar="CASE", help=case_help.partition(";")[0])
+    mapping.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: NAME.map.toml in this folder)")
+
     diff = commands.add_parser("diff", help="compare two files of named arrays")
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = _parser().parse_args(argv)
-        return {"run": _run, "report": _report, "convert": _convert, "diff": _diff}[arguments.command](arguments)
+        return {"run": _run, "report": _report, "convert": _convert, "map": _map, "diff": _diff}[arguments.command](arguments)
     except (_Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
@@ -188,14 +193,39 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise _Usage("--case and --to belong together")
     arrays = formats.load(arguments.source)
     if arguments.case is not None:
-        cases = loading.load(arguments.case)
-        if len(cases) != 1:
-            raise CaseError(f"{arguments.case} is {len(cases)} cases, expected one")
-        weight_map = Candidate(cases[0], Recording(cases[0])).map
+        case = _one(arguments.case)
+        weight_map = Candidate(case, Recording(case)).map
         arrays = weight_map.to_candidate(arrays) if arguments.to == "candidate" else weight_map.to_reference(arrays)
     formats.save(arguments.target, arrays)
     print(f"{len(arrays)} arrays, {sum(value.size for value in arrays.values()):,} values, written to {arguments.target}")
     return 0
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    from .propose import propose  # with scipy's assignment, which the other commands need not wait for
+
+    case = _one(arguments.case)
+    target = arguments.out or Path(re.sub(r"\W+", "_", case.name) + ".map.toml")
+    if target.exists() or not target.parent.is_dir():
+        raise _Usage(f"{target} exists; give another name by --out" if target.exists() else f"the folder {target.parent} does not exist")
+    found = propose(case)
+    try:
+        target.write_text(mapfile.text(found.rules, found.ties, found.comment(case.name)))
+    except OSError as error:
+        raise CaseError(f"{target} cannot be written: {error.strerror}") from error
+    for note in found.notes:
+        print(f"note: {note}")
+    told = f"{found.by_fingerprint} told by what the leaves do, {found.by_name} by name"
+    print(f"{len(found.rules)} rules, {told}; {found.comment(case.name)[0].partition('; ')[2]}")
+    print(f"written to {target}; a case takes it as weights={str(target)!r}")
+    return 0
+
+
+def _one(name: str) -> Case:
+    cases = loading.load(name)
+    if len(cases) != 1:
+        raise CaseError(f"{name} is {len(cases)} cases, expected one")
+    return cases[0]
 
 
 def _diff(arguments: argparse.Namespace) -> int:

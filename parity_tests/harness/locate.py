@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .compare import RULES, Check
+from .explain import Diagnosis
 
 # a layer on the reference's own input says most about where; what is built on it says less
-RANK = ("conversion", "coverage", "forced", "free", "rounding", "gradients", "splits", "optimiser", "effects", "observability")
+RANK = ("conversion", "coverage", "forced", "free", "voting", "rounding", "gradients", "splits", "optimiser", "effects", "observability")
 
 
 def number(value: float) -> str:
@@ -36,8 +37,8 @@ def first(checks: Sequence[Check]) -> Check | None:
     return min(wrong, key=key)[1]
 
 
-def sentence(checks: Sequence[Check], input_errors: Mapping[str, float]) -> str:
-    """"parts at PATH: relative L2 3.1e-2 (allowed 1e-12) on an input that agrees to 4e-16", or the empty string when everything held."""
+def sentence(checks: Sequence[Check], input_errors: Mapping[str, float], diagnosis: Diagnosis | None = None) -> str:
+    """"parts at PATH: relative L2 3.1e-2 (allowed 1e-12) on an input that agrees to 4e-16; looks like: ...", or "" when everything held."""
     check = first(checks)
     if check is None:
         return ""
@@ -46,11 +47,14 @@ def sentence(checks: Sequence[Check], input_errors: Mapping[str, float]) -> str:
     under = f"{check.dtype}, {check.tier}, {check.regime}"
     failed_rules = sorted({item.rule for item in checks if not item.held})
     rules = f"rule{'s' * (len(failed_rules) > 1)} {', '.join(f'{rule} {RULES[rule]}' for rule in failed_rules)}"
+    looks = "" if diagnosis is None else f"; {diagnosis}"
+    odd = next((item.detail.partition(":")[0] for item in checks if item.tier == "voting" and not item.held and item.quantity == "votes"), None)
+    looks += "" if odd is None or check.tier == "voting" else f"; {odd}"
     if check.detail and check.quantity != "slope - 1":
-        return f"parts at {where}{leaf}: {check.detail} [{under}; {rules}]"
+        return f"parts at {where}{leaf}: {check.detail}{looks} [{under}; {rules}]"
     allowed = "needed" if check.quantity == "cosine" else "allowed"
     text = f"parts at {where}{leaf}: {check.quantity} {number(check.value)} ({allowed} {number(check.allowed)})"
     if check.tier in ("forced", "free", "rounding") and check.where:
         error = input_errors.get(check.where)
         text += " on the reference's own input" if error is None else f" on an input that agrees to {number(error)}"
-    return f"{text} [{under}; {rules}]"
+    return f"{text}{looks} [{under}; {rules}]"

@@ -16,6 +16,7 @@ from .battery import TIERS, Battery
 from .candidate import Candidate
 from .case import Case, CaseError, Trajectory
 from .compare import RULES
+from .explain import Diagnosis
 from .measure import MeasureError, cosine
 from .policy import Policy, applied
 from .recording import Recording
@@ -56,6 +57,7 @@ class Mutation:
     sentence: str
     failures: int = 0
     tiers: tuple[str, ...] = field(default_factory=tuple)
+    diagnosis: Diagnosis | None = None
 
     @property
     def held(self) -> bool:
@@ -109,9 +111,10 @@ def _one(case: Case, recording: Recording, healthy: Candidate, injector: Injecto
     wrong = locate.first(checks)
     rules = tuple(f"{rule} {RULES[rule]}" for rule in sorted({check.rule for check in checks if not check.held}))
     located = "" if wrong is None else (wrong.tier if wrong.tier in OUTSIDE else wrong.where)
+    looks = None if wrong is None else battery.tier(wrong.tier).diagnosis
     return Mutation(injector.name, injector.where, located, wrong is not None, wrong.tier if wrong else "", rules, similarity,
-                    not similarity >= 0.99, locate.sentence(checks, battery.input_errors), sum(not check.held for check in checks),
-                    tuple(tier.name for tier in done))
+                    not similarity >= 0.99, locate.sentence(checks, battery.input_errors, looks), sum(not check.held for check in checks),
+                    tuple(tier.name for tier in done), looks)
 
 
 def _cosine_alone(battery: Battery) -> float:

@@ -76,7 +76,7 @@ def parity_case(*cases: Case | Callable[[], Case | Sequence[Case]], tiers: Seque
     unknown = [name for name in tiers or () if name not in TIERS]
     if unknown:
         raise CaseError(f"unknown tier {unknown[0]!r}, expected {', '.join(TIERS)}")
-    items = [(case, tier) for case in found for tier in (tiers or TIERS)]
+    items = [(case, tier) for case in found for tier in (tiers or TIERS) if tiers or tier != "voting" or case.also]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

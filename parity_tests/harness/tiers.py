@@ -233,13 +233,13 @@ def splits(battery: Battery) -> list[Check]:
                              for part in (np.arange(cut), np.arange(cut, length))]
                     first = adapter.run(parts[0], begin, tap=False).outputs
                     second = adapter.run(parts[1], recording.state_of(first), tap=False).outputs
-                    return exact(place, whole, _glued(first, second, case.states.output, axis), battery.bounds, "splits", 5)
+                    return exact(place, whole, glued(first, second, case.states.output, axis), battery.bounds, "splits", 5)
 
                 checks += guarded(place, battery, compare)
     return checks
 
 
-def _glued(first: Any, second: Any, state: int, axis: int) -> tuple:
+def glued(first: Any, second: Any, state: int, axis: int) -> tuple:
     """Outputs of the two parts joined along time; the state is that of the second."""
     joined = []
     for index, (left, right) in enumerate(zip(first, second, strict=True)):

@@ -126,8 +126,7 @@ def optimiser(battery: Battery) -> list[Check]:
     case, trajectory = battery.case, battery.candidate.trajectory
     if case.trajectory is None or trajectory is None:
         raise Unsupported("the case names no trajectory")
-    batches = [battery.recording.grid(case.draw(case.seed + 101 + step, batch=case.trajectory.batch, length=case.trajectory.length))
-               for step in range(case.trajectory.steps)]
+    batches = battery.batches()
     battery.progress(f"optimiser: {len(batches)} steps of the reference")
     place = Place("optimiser", "", f"{len(batches)} steps", "float64", battery.position(""))
     try:
@@ -138,7 +137,7 @@ def optimiser(battery: Battery) -> list[Check]:
 
     def compare() -> list[Check]:
         battery.progress(f"optimiser: {len(batches)} steps of the candidate")
-        right = battery.candidate.adapter("float64").train(batches, trajectory, case.seed)
+        right = battery.trained = battery.candidate.adapter("float64").train(batches, trajectory, case.seed)
         losses = [[float(loss) for loss in side.losses] for side in (right, left)]
         battery.series.append(Series(TRAINING, "", "loss", place.regime, "float64", *losses))
         checks = exact(place, {"loss": left.losses}, {"loss": right.losses}, battery.bounds, "optimiser", 6)

@@ -32,7 +32,12 @@ def opened(case: Case, role: str, dtype: str) -> Adapter:
 
     Raises CaseError for a factory that raises and for an unknown kind of model.
     """
-    factory = getattr(case, role)
+    return opened_from(getattr(case, role), case, 0 if role == "reference" else 1, dtype, role)
+
+
+def opened_from(factory: Callable[..., Any], case: Case, position: int, dtype: str, role: str) -> Adapter:
+    """`opened` for any factory, which errors call `role`; `position` says whether the case's pairs of functions are used as the reference
+    (0) or the candidate (1)."""
     known = "flax.nnx" in sys.modules
     try:
         model = _made_wide(factory) if known and dtype == "float64" else make(factory, dtype)
@@ -43,7 +48,6 @@ def opened(case: Case, role: str, dtype: str) -> Adapter:
         raise
     except (Exception, SystemExit) as error:
         raise CaseError(f"the {role} of case {case.name!r} cannot be made: {raised(error)}") from error
-    position = 0 if role == "reference" else 1
     if kind == "torch":
         from .torch_adapter import TorchAdapter
 

@@ -17,6 +17,7 @@ from .. import tree
 from ..case import Case, Trajectory
 from ..policy import Policy
 from .base import Call, Gradients, Leaf, Node, Run, Trained, Unsupported, check_names, cotangent, digest, joined, target, within
+from .torch_variants import Variations, untied
 
 LAYERS = (
     (nn.Linear, "linear"), (nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d"), (nn.Embedding, "embedding"), (nn.LayerNorm, "layernorm"),
@@ -147,6 +148,16 @@ class TorchAdapter:
         args, kwargs = _handed(given)
         outputs = module(*args, **kwargs)
         return self._backward(module, path, _projection(outputs, seed), {"args": given[0], "kwargs": given[1]})
+
+    def variations(self, path: str, right: frozenset[str] = frozenset()) -> Variations:
+        """What the module at `path` would compute with one setting or function in it changed; the modules at `right` are left as they are."""
+        return Variations(self.module, path, right)
+
+    def untied_gradients(self, inputs: Mapping[str, np.ndarray], states: Any, seed: int, ties: Mapping[str, str]) -> Gradients:
+        """`gradients` with every tied leaf as a parameter of its own, so that each use of the shared memory has a gradient of its own."""
+        other = copy.copy(self)
+        other.module = untied(self.module, ties)
+        return other.gradients(inputs, states, seed)
 
     def _loss(self, outputs: Any, given: dict, seed: int) -> torch.Tensor:
         return _distance(outputs, seed) if self.case.loss is None else self.case.loss[self.position](outputs, given)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HARNESS = Path(__file__).parents[1]
-HOMES = {"torch": ("adapters/torch_adapter.py",), "safetensors": ("formats.py",),
+HOMES = {"torch": ("adapters/torch_adapter.py", "adapters/torch_variants.py", "adapters/torch_alternatives.py"), "safetensors": ("formats.py",),
          **dict.fromkeys(("jax", "flax", "optax"), tuple(f"adapters/{name}.py" for name in (
              "nnx_adapter", "nnx_trace", "nnx_injectors", "linen_adapter", "jax_shared")))}
 OURS = ("conf", "torch_impl", "jax_impl", "runtime", "cython_ext", "experiments")
@@ -37,8 +37,8 @@ assert held == EXPECTED, held
 
 
 @pytest.mark.parametrize(("blocked", "skip", "expected"), [
-    (("torch", "jax", "flax", "optax"), (".torch_adapter", ".nnx_", ".linen_", ".jax_"), []),
-    (("torch",), (".torch_adapter", ".nnx_", ".linen_", ".jax_"), []),
+    (("torch", "jax", "flax", "optax"), (".torch_", ".nnx_", ".linen_", ".jax_"), []),
+    (("torch",), (".torch_", ".nnx_", ".linen_", ".jax_"), []),
     (("jax", "jaxlib", "flax", "optax"), (".nnx_", ".linen_", ".jax_"), ["torch"]),
 ])
 def test_it_imports_with_a_framework_absent(blocked: tuple, skip: tuple, expected: list) -> None:

@@ -123,7 +123,7 @@ def test_every_tier_runs_on_a_linen_module() -> None:
     """Weights in float64 and float32, states, gradients of every leaf and input, splits, AdamW, side effects, observability."""
     result = run_case(MEMORY)
     assert result.held, result.sentence
-    assert not [tier.name for tier in result.tiers if tier.skipped]
+    assert [tier.name for tier in result.tiers if tier.skipped] == ["voting"]  # two implementations have no majority
     names = {check.leaf for check in result.checks if check.tier == "gradients"}
     assert {"proj.weight", "norm.bias", "input.x", "state", "args.0"} <= names and "count" not in names
 

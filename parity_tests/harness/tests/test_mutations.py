@@ -81,6 +81,17 @@ def test_the_rules_that_notice(found: dict) -> None:
     assert found[bugs.optimiser_setting(weight_decay=1e-4).name].tier == "optimiser"
 
 
+def test_the_diagnosis_names_the_family(found: dict) -> None:
+    expected = {"kernel not transposed": "transposed kernel", "missing bias": "missing bias", "left at initialisation": "initialisation",
+                "(1 + w) for w": "(1 + w) for w", "two heads swapped": "permuted heads", "output x": "uniform slope", "one channel": "one channel",
+                "last token": "last token", "cast to": "low precision", "epsilon": "epsilon", "one-pass variance": "one-pass variance",
+                "tanh gelu": "gelu", "state dropped": "state dropped", "state stale": "state stale", "state taken": "state early",
+                "state in bfloat16": "low precision", "extra stop_gradient": "gradient stopped", "tied weights": "untied",
+                "optimiser weight_decay": "optimiser weight_decay", "softmax over": "axis"}
+    named = {item.name: item.diagnosis and item.diagnosis.family for item in found.values()}
+    assert {name: next(family for start, family in expected.items() if name.startswith(start)) for name in named} == named
+
+
 def test_nothing_to_inject_is_refused() -> None:
     with pytest.raises(CaseError, match="need injectors"):
         run_mutations(toy.CASE, ())
