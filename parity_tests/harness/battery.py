@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import diagnose, lint, locate, provenance, tiers, tiers_more, tree, voting
+from . import diagnose, lint, lint_source, locate, provenance, tiers, tiers_more, tree, voting
 from .adapters.base import Call, Gradients, Run, Trained, Unsupported
 from .bounds import Bounds
 from .candidate import Candidate
@@ -166,8 +166,8 @@ class Battery:
         found = lint.sizes(self.case.sizes)
         if self.candidate is not None:
             with applied(self.policy, self.kinds):
-                found += lint.defaults(self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules(),
-                                       self.candidate.path)
+                modules = self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules()
+                found += lint.defaults(*modules, self.candidate.path) + lint_source.defaults(*(side.values() for side in modules))
         checks = [check for tier in done for check in tier.checks]
         first = locate.first(checks)
         looks = None if first is None else self._tiers[first.tier].diagnosis
