@@ -1,4 +1,4 @@
-"""Cases by name: `file.py:name`, `module:name`, or the `[tool.parity] cases` of the nearest pyproject.toml."""
+"""Cases by name: `file.py:name`, `module:name`, or the `[tool.parity] cases` of the nearest pyproject.toml, all or one by its own name."""
 
 from __future__ import annotations
 
@@ -36,15 +36,20 @@ def configured(start: Path) -> list[str]:
 def load(spec: str, start: Path | None = None) -> list[Case]:
     """The cases that `file.py:name` or `module:name` stands for: a Case, a list of them, or a function that makes either.
 
-    Raises CaseError, in one line, for a file, module or name that does not exist, an import that fails, or anything that is no case.
+    A name without a colon is that of a case among the `[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError, in one line, for a
+    file, module or name that does not exist, an import that fails, or anything that is no case.
     """
     place, _, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        known = _known(_file(Path(spec), spec))
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}; its cases are {known}")
+    if ":" not in spec:
+        return [_registered(spec, start or Path.cwd())]
     if not place or not name:
         raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
     module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
     if not hasattr(module, name):
-        known = sorted(key for key, value in vars(module).items() if _is_cases(value))
-        raise CaseError(f"{place} has no {name!r}; its cases are {', '.join(known) or 'none'}")
+        raise CaseError(f"{place} has no {name!r}; its cases are {_known(module)}")
     found = getattr(module, name)
     if callable(found) and not isinstance(found, (Case, type)):
         try:
@@ -54,6 +59,24 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     if not _is_cases(found):
         raise CaseError(f"{spec} is {type(found).__name__}, expected a Case, a list of them, or a function that makes either")
     return [found] if isinstance(found, Case) else list(found)
+
+
+def _known(module: Any) -> str:
+    return ", ".join(sorted(key for key, value in vars(module).items() if _is_cases(value))) or "none"
+
+
+def _registered(name: str, start: Path) -> Case:
+    try:
+        names = configured(start)
+    except CaseError as error:
+        raise CaseError(f"a case is named file.py:name or module:name, or by its own name where pyproject.toml lists it; found {name!r} and "
+                        f"{str(error).removeprefix('no CASE was given and ')}") from error
+    cases = [case for spec in names for case in load(spec, start)]
+    found = [case for case in cases if case.name == name]
+    if len(found) != 1:
+        raise CaseError(f"{len(found) or 'no'} cases of {', '.join(names)} are named {name!r}, expected one of "
+                        f"{', '.join(case.name for case in cases)} (or file.py:name, module:name)")
+    return found[0]
 
 
 def _is_cases(value: Any) -> bool:
