@@ -171,8 +171,9 @@ class Battery:
         checks = [check for tier in done for check in tier.checks]
         first = locate.first(checks)
         looks = None if first is None else self._tiers[first.tier].diagnosis
+        words = locate.sentence(checks, self.input_errors, looks) if checks else "nothing was compared: no tier that was asked for applies"
         return Result(self.case.name, done, list(self.notes), found, described(self.policy, self.kinds, self.case.jit), dict(self.order),
-                      dict(self.input_errors), len(self.recording.leaves), locate.sentence(checks, self.input_errors, looks), looks,
+                      dict(self.input_errors), len(self.recording.leaves), words, looks,
                       meta=provenance.described(self.case), series=list(self.series))
 
     def done(self) -> tuple[str, ...]:
