@@ -46,6 +46,7 @@ _HOMES = {
     "Injector": "mutate", "Mutation": "mutate", "run_mutations": "mutate",
     "Engine": "adapters.callable_adapter", "Patch": "adapters.nnx_trace",
     "Diagnosis": "explain", "to_json": "report", "from_json": "report", "ReportError": "records", "page": "html",
+    "GoldenError": "answers",
     "parity_case": "plugin", "mutation_tests": "plugin",
 }
 

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import formats, html, loading, locate, mapfile, records, report, shown
+from . import formats, golden, html, loading, locate, mapfile, records, report, shown
 from .adapters.base import Unsupported
+from .answers import GoldenError
 from .battery import TIERS, Battery, Result
 from .bounds import BoundError
 from .candidate import Candidate
@@ -29,7 +30,8 @@ from .mutate import Mutation, run_mutations
 from .policy import Policy
 from .recording import Recording
 
-USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, MeasureError, Unsupported, records.ReportError)
+USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, MeasureError, Unsupported, GoldenError,
+               records.ReportError)
 
 
 WIDTH = 120  # columns of a report that goes to a file
@@ -79,6 +81,17 @@ def _parser() -> _Parser:
     mapping.add_argument("case", metavar="CASE", help=case_help.partition(";")[0])
     mapping.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: NAME.map.toml in this folder)")
 
+    made = commands.add_parser("golden", help="write what the reference computes as a file, or compare the candidate to such a file")
+    made.add_argument("case", metavar="CASE", help=case_help.partition(";")[0])
+    made.add_argument("--out", type=Path, metavar="FILE.npz", help="write the file; needs what the reference is written in")
+    made.add_argument("--check", type=Path, metavar="FILE.npz", help="compare to the file; needs what the side is written in")
+    made.add_argument("--side", choices=["candidate", "reference"], default="candidate", help="what is compared to the file (default: the candidate)")
+    made.add_argument("--regime", action="append", help="write this regime only beside the plain ones (may be repeated)")
+    made.add_argument("--tier", action="append", choices=list(TIERS), help="check this tier only (may be repeated)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the report of the check as JSON as well")
+    made.add_argument("--html", type=Path, metavar="FILE", help="write the report of the check as one HTML page as well")
+    made.add_argument("--summary", action="store_true", help="no table of layers")
+
     diff = commands.add_parser("diff", help="compare two files of named arrays")
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
@@ -91,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = _parser().parse_args(argv)
-        return {"run": _run, "report": _report, "convert": _convert, "map": _map, "diff": _diff}[arguments.command](arguments)
+        return {"run": _run, "report": _report, "convert": _convert, "map": _map, "golden": _golden, "diff": _diff}[arguments.command](arguments)
     except (_Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
@@ -120,6 +133,10 @@ def _adjusted(case: Case, arguments: argparse.Namespace) -> Case:
         changes["seed"] = arguments.seed
     if arguments.eager:
         changes["jit"] = False
+    return _replaced(case, **changes)
+
+
+def _replaced(case: Case, **changes: object) -> Case:
     try:
         return replace(case, **changes)
     except ValueError as error:
@@ -219,6 +236,39 @@ def _map(arguments: argparse.Namespace) -> int:
     print(f"{len(found.rules)} rules, {told}; {found.comment(case.name)[0].partition('; ')[2]}")
     print(f"written to {target}; a case takes it as weights={str(target)!r}")
     return 0
+
+
+def _golden(arguments: argparse.Namespace) -> int:
+    if (arguments.out is None) == (arguments.check is None):
+        raise _Usage("golden needs either --out FILE.npz, which writes the file, or --check FILE.npz, which compares to it")
+    wrong = [name for name in ("tier", "json", "html", "summary") if arguments.out and getattr(arguments, name)]
+    wrong += ["regime"] if arguments.check and arguments.regime else []
+    if wrong or (arguments.out and arguments.side != "candidate"):
+        raise _Usage(f"--{(wrong or ['side'])[0]} belongs to {'--check' if arguments.out else '--out'}")
+    _check_files(arguments, "out", "json", "html")
+    if arguments.out and arguments.out.suffix != ".npz":
+        raise _Usage(f"--out {arguments.out}: a golden file is an .npz")
+    case = _one(arguments.case)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    with console.status(case.name, spinner="line") as status:
+        def progress(text: str) -> None:
+            if console.is_terminal:
+                status.update(f"{escape(case.name)}: {escape(text)}")
+
+        if arguments.out:
+            changed = case if not arguments.regime else _replaced(case, regimes=tuple(arguments.regime))
+            count, size, notes = golden.write(arguments.out, changed, progress=progress)
+        else:
+            result = golden.check(arguments.check, case, side=arguments.side, progress=progress).run(arguments.tier)
+    if arguments.out:
+        for note in notes:
+            console.print(f"note: {escape(note)}", soft_wrap=True)
+        console.print(f"{count} arrays, {size:,} bytes, written to {escape(str(arguments.out))}", soft_wrap=True)
+        return 0
+    report.terminal(result, console, table=not arguments.summary)
+    _write("--json", arguments.json, lambda: report.to_json([result]))
+    _write("--html", arguments.html, lambda: html.page([result]))
+    return 0 if result.held else 1
 
 
 def _one(name: str) -> Case:

@@ -76,14 +76,14 @@ def _load_sharded(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def save(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays in the format that the name ends in. Raises FormatError with one line."""
+def save(path: str | Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False) -> None:
+    """Write named arrays in the format that the name ends in; `compressed` holds for `.npz`. Raises FormatError with one line."""
     path = Path(path)
     # safetensors writes the memory of an array as it lies, so a transposed view would be saved as another matrix
     clean = {name: np.array(value, order="C", copy=True) for name, value in arrays.items()}
     writers: dict[str, Callable[[Path], None]] = {
         ".safetensors": lambda place: save_file(clean, place, metadata={"format": "pt"}),
-        ".npz": lambda place: _save_npz(place, clean),
+        ".npz": lambda place: _save_npz(place, clean, compressed),
         **{suffix: lambda place: _save_pt(place, clean) for suffix in TORCH},
     }
     if path.suffix not in writers:
@@ -105,9 +105,9 @@ def save(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _save_npz(path: Path, arrays: Mapping[str, np.ndarray], compressed: bool) -> None:
     with path.open("wb") as handle:
-        np.savez(handle, **arrays)
+        (np.savez_compressed if compressed else np.savez)(handle, **arrays)
 
 
 def _save_pt(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
