@@ -6,7 +6,9 @@ Exit status: 0 everything held, 1 something did not, 2 the question itself was w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +37,23 @@ USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, Meas
 
 
 WIDTH = 120  # columns of a report that goes to a file
+
+
+class _Output(Console):
+    """Standard output. When nobody reads it any more (`| head`) the rest is dropped, and what the command does besides is still done."""
+
+    def __init__(self) -> None:
+        super().__init__(width=None if sys.stdout.isatty() else WIDTH)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _dropped()
+
+
+def _dropped() -> None:
+    """Send what is still written to standard output nowhere."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class _Usage(Exception):
@@ -75,6 +94,7 @@ def _parser() -> _Parser:
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST")
     convert.add_argument("--case", help=case_help.partition(";")[0])
+    convert.add_argument("--shard-size", default=formats.SHARD_SIZE, metavar="SIZE", help="of shards beside an index (default: 5GB)")
     convert.add_argument("--to", choices=["candidate", "reference"], help="whose names the result has; needs --case")
 
     mapping = commands.add_parser("map", help="propose a weight map for a case, verify it by gradients, and write it as a file")
@@ -104,7 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = _parser().parse_args(argv)
-        return {"run": _run, "report": _report, "convert": _convert, "map": _map, "golden": _golden, "diff": _diff}[arguments.command](arguments)
+        commands = {"run": _run, "report": _report, "convert": _convert, "map": _map, "golden": _golden, "diff": _diff}
+        status = commands[arguments.command](arguments)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _dropped()
+        return status
     except (_Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
@@ -114,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"parity: a case ended the program (exit status {error.code}) before it was compared", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of a plain print
+        _dropped()
+        return 141
     except KeyboardInterrupt:
         print("parity: interrupted", file=sys.stderr)
         return 130
@@ -155,7 +184,7 @@ def _write(option: str, path: Path | None, make: Callable[[], str]) -> None:
     if path is None:
         return
     try:
-        path.write_text(make(), encoding="utf-8")
+        formats.write_text(path, make())
     except OSError as error:
         raise CaseError(f"{option} {path} cannot be written: {error.strerror}") from error
 
@@ -167,7 +196,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise _Usage(str(error)) from error
     cases = [_adjusted(case, arguments) for case in _cases(arguments.cases)]
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _Output()
     results: list[Result] = []
     mutations: dict[str, list[Mutation]] = {}
     held = True
@@ -201,7 +230,7 @@ def _report(arguments: argparse.Namespace) -> int:
     _check_files(arguments, "html")
     results, mutations = shown.read(arguments.files)
     _write("--html", arguments.html, lambda: html.page(results, mutations))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _Output()
     return 0 if shown.show(results, mutations, console, table=not arguments.summary) else 1
 
 
@@ -211,9 +240,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     arrays = formats.load(arguments.source)
     if arguments.case is not None:
         case = _one(arguments.case)
-        weight_map = Candidate(case, Recording(case)).map
-        arrays = weight_map.to_candidate(arrays) if arguments.to == "candidate" else weight_map.to_reference(arrays)
-    formats.save(arguments.target, arrays)
+        candidate = Candidate(case, Recording(case))
+        keyed = getattr(candidate.adapters["float64"], "keyed", dict)()  # Linen keeps its variables in collections
+        if arguments.to == "candidate":
+            arrays = candidate.map.to_candidate(arrays)
+            if arguments.target.suffix in formats.NESTED:
+                arrays = {keyed.get(name, name): value for name, value in arrays.items()}
+        else:
+            names = {key: name for name, key in keyed.items()}
+            arrays = candidate.map.to_reference({names.get(key, key): value for key, value in arrays.items()})
+    formats.save(arguments.target, arrays, shard_size=arguments.shard_size)
     print(f"{len(arrays)} arrays, {sum(value.size for value in arrays.values()):,} values, written to {arguments.target}")
     return 0
 
@@ -227,7 +263,7 @@ def _map(arguments: argparse.Namespace) -> int:
         raise _Usage(f"{target} exists; give another name by --out" if target.exists() else f"the folder {target.parent} does not exist")
     found = propose(case)
     try:
-        target.write_text(mapfile.text(found.rules, found.ties, found.comment(case.name)))
+        formats.write_text(target, mapfile.text(found.rules, found.ties, found.comment(case.name)))
     except OSError as error:
         raise CaseError(f"{target} cannot be written: {error.strerror}") from error
     for note in found.notes:
@@ -249,7 +285,7 @@ def _golden(arguments: argparse.Namespace) -> int:
     if arguments.out and arguments.out.suffix != ".npz":
         raise _Usage(f"--out {arguments.out}: a golden file is an .npz")
     case = _one(arguments.case)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _Output()
     with console.status(case.name, spinner="line") as status:
         def progress(text: str) -> None:
             if console.is_terminal:
@@ -284,7 +320,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     first, second = formats.load(arguments.first), formats.load(arguments.second)
     if not first and not second:
         raise MeasureError(f"nothing to compare: {arguments.first} and {arguments.second} hold no arrays")
-    console, different = Console(), 0
+    console, different = _Output(), 0
     table = Table("array", "relative L2", "largest difference", "cosine", "", box=None, pad_edge=False)
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in first or name not in second:

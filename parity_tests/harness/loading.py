@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 import tomllib
 from pathlib import Path
@@ -40,13 +42,18 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
+        found = _names(_file(Path(spec), spec)) if spec.endswith(".py") and Path(spec).is_file() else []
+        hint = f"; {spec} has {', '.join(f'{spec}:{name}' for name in found)}" if found else ""
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}{hint}")
     module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
+    known = _names(module)
+    told = f"its cases are {', '.join(known)}" if known else "it has no case, which is a variable that holds a parity_tests.harness.Case"
     if not hasattr(module, name):
-        known = sorted(key for key, value in vars(module).items() if _is_cases(value))
-        raise CaseError(f"{place} has no {name!r}; its cases are {', '.join(known) or 'none'}")
+        raise CaseError(f"{place} has no {name!r}; {told}")
     found = getattr(module, name)
     if callable(found) and not isinstance(found, (Case, type)):
+        if _needs_arguments(found):
+            raise CaseError(f"{spec} is a function that needs arguments, expected a Case, a list of them, or a function that makes either; {told}")
         try:
             found = found()
         except (Exception, SystemExit) as error:
@@ -56,13 +63,26 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     return [found] if isinstance(found, Case) else list(found)
 
 
+def _names(module: Any) -> list[str]:
+    return sorted(key for key, value in vars(module).items() if _is_cases(value))
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(item.default is item.empty and item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD) for item in parameters)
+
+
 def _is_cases(value: Any) -> bool:
     return isinstance(value, Case) or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(case, Case) for case in value))
 
 
 def _file(path: Path, spec: str) -> Any:
     if not path.is_file():
-        raise CaseError(f"{path} does not exist (asked for {spec})")
+        near = difflib.get_close_matches(path.name, sorted(other.name for other in path.parent.glob("*.py")), 1) if path.parent.is_dir() else []
+        raise CaseError(f"{path} does not exist (asked for {spec})" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     path = path.resolve()
     package = _package_of(path)
     if package is not None:
@@ -78,7 +98,7 @@ def _file(path: Path, spec: str) -> Any:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a file that exits must not end the command as if all had held
         del sys.modules[name]
-        raise CaseError(f"{path} cannot be imported: {raised(error)}") from error
+        raise CaseError(f"{path} cannot be imported: {raised(error)}{_missing(error)}") from error
     return module
 
 
@@ -96,7 +116,17 @@ def _module(name: str, spec: str, root: Path) -> Any:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}") from error
+        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}{_missing(error)}") from error
+
+
+def _missing(error: BaseException) -> str:
+    """What to do about a framework that is not there."""
+    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = {"torch": "torch", "jax": "jax", "flax": "jax", "optax": "jax"}.get(name)
+    if extra is None:
+        return ""
+    return (f"; it comes with pip install 'groundwave[{extra}]', and a file that imports it inside the functions that make the models can be "
+            "checked against a golden file without it")
 
 
 def _on_path(folder: Path) -> None:

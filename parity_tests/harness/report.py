@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from . import records
-from .battery import Result
+from .battery import Result, TierResult
 from .compare import Check
 from .locate import number
 from .mutate import Mutation
@@ -58,6 +58,17 @@ def _rows(result: Result) -> list[tuple[str, dict[str, list[Check]]]]:
     return sorted(rows.items(), key=lambda item: (item[0] == "", result.order.get(item[0], len(result.order)), item[0]))
 
 
+def _together(result: Result) -> list[tuple[TierResult, list[str]]]:
+    """The tiers; neighbours that were not run for one reason are one entry, with all their names."""
+    found: list[tuple[TierResult, list[str]]] = []
+    for tier in result.tiers:
+        if found and tier.skipped and tier.skipped == found[-1][0].skipped:
+            found[-1][1].append(tier.name)
+        else:
+            found.append((tier, [tier.name]))
+    return found
+
+
 def terminal(result: Result, console: Console, *, table: bool = True) -> None:
     """Print the verdict, the layers in run order, the tiers, notes and lint, and one line of totals."""
     verdict = "[bold green]parity holds[/]" if result.held else "[bold red]parity does not hold[/]"
@@ -73,11 +84,12 @@ def terminal(result: Result, console: Console, *, table: bool = True) -> None:
                            _cell(cells.get("gradients", ())), least)
         if layers.row_count:
             console.print(layers)
-    for tier in result.tiers:
+    for tier, names in _together(result):
         state = f"[yellow]not run[/]: {escape(tier.skipped)}" if tier.skipped else ("[green]held[/]" if tier.held else "[red]failed[/]")
         failures = sum(not check.held for check in tier.checks)
         count = "" if tier.skipped else f", {len(tier.checks)} checks" + (f", {failures} failed" if failures else "")
-        console.print(f"  {tier.name}: {state}{count}, {tier.seconds:.1f} s", soft_wrap=True)
+        seconds = "" if len(names) > 1 else f", {tier.seconds:.1f} s"
+        console.print(f"  {', '.join(names)}: {state}{count}{seconds}", soft_wrap=True)
         if tier.sentence and tier.sentence != result.sentence:
             console.print(f"    {escape(tier.sentence)}", soft_wrap=True)
     for label, lines in (("lint", result.lint), ("note", result.notes)):
