@@ -292,7 +292,8 @@ def _golden(arguments: argparse.Namespace) -> int:
                 status.update(f"{escape(case.name)}: {escape(text)}")
 
         if arguments.out:
-            changed = case if not arguments.regime else _replaced(case, regimes=tuple(arguments.regime))
+            plain = ("as is", "carried state")[:1 if case.states is None else 2]
+            changed = case if not arguments.regime else _replaced(case, regimes=tuple(dict.fromkeys((*plain, *arguments.regime))))
             count, size, notes = golden.write(arguments.out, changed, progress=progress)
         else:
             result = golden.check(arguments.check, case, side=arguments.side, progress=progress).run(arguments.tier)

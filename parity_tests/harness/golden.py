@@ -2,8 +2,8 @@
 
     meta                                   JSON: schema, case, leaves, modules, regimes, structures of arguments and outputs, provenance
     weights/NAME                           every leaf, by the reference's name
-    as is/inputs, as is/states, ...        the inputs of a regime, the state handed over
-    as is/calls/0003 blocks.0.norm/...     arguments and outputs of every module in run order, the model itself last
+    as is/inputs, states, outputs          the inputs of a regime, the state handed over, what the model gives
+    as is/calls/0003 blocks.0.norm/...     arguments and outputs of every module in run order
     as is/layers/...                       the layers on inputs of their own, with outputs and gradients
     as is/gradients/...                    gradients end to end by name
     .../float32/...                        the same outputs in lower precision
@@ -80,7 +80,8 @@ def _regime(recording: Recording, regime: Regime, arrays: Arrays, notes: list[st
         entry["skip"] = str(reason)
     else:
         inputs, states = recording.inputs(regime), recording.states(regime)
-        entry |= {"inputs": arrays.take(f"{regime.name}/inputs", inputs), "states": arrays.take(f"{regime.name}/states", states), "calls": []}
+        entry |= {"inputs": arrays.take(f"{regime.name}/inputs", inputs), "states": arrays.take(f"{regime.name}/states", states),
+                  "outputs": arrays.take(f"{regime.name}/outputs", run.outputs), "calls": []}
         for place, call in enumerate(run.calls):
             at = f"{regime.name}/calls/{place:04d} {call.path}".rstrip()
             try:
@@ -88,7 +89,6 @@ def _regime(recording: Recording, regime: Regime, arrays: Arrays, notes: list[st
                                                                for part in ("args", "kwargs", "outputs"))])
             except StructureError as error:
                 notes.append(f"{regime.name}: the call of {call.path or 'the model'} is left out: {error}")
-        entry["outputs"] = arrays.take(f"{regime.name}/outputs", run.outputs)
         entry["own"] = {dtype: arrays.take(f"{regime.name}/{dtype}/outputs", recording.run(regime, dtype).outputs) for dtype in lower}
         if regime in recording.plain():
             entry["gradients"] = _gradients(arrays, f"{regime.name}/gradients", lambda: recording.adapter("float64").gradients(
