@@ -31,7 +31,8 @@ class Injector:
     name: what it is. where: the module path (of the reference) at which it has to be located, or the tier for what is in no module.
     weights: `f(weights, fresh) -> weights`, candidate arrays by candidate name and those the candidate was made with.
     patches: changes to modules (`adapters.nnx_trace.Patch`). trajectory: changes the candidate's optimiser run.
-    context: `f() -> context manager` that patches something of the candidate's code while it runs; nothing compiled before is used then.
+    context: `f() -> context manager` that patches something of the candidate's code while it runs; nothing compiled before is used then,
+        unless `reuse` says that no model code is touched (an optimiser).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Injector:
     patches: tuple = ()
     trajectory: Callable[[Trajectory], Trajectory] | None = None
     context: Callable[[], AbstractContextManager] | None = None
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _one(case: Case, recording: Recording, healthy: Candidate, injector: Injecto
         if all(np.array_equal(weights[name], value) for name, value in healthy.weights.items()):
             raise CaseError(f"injector {injector.name!r} changes no weight")
     trajectory = injector.trajectory(case.trajectory) if injector.trajectory and case.trajectory else case.trajectory
-    context, salt = (injector.context(), object()) if injector.context else (contextlib.nullcontext(), None)
+    context, salt = (injector.context(), None if injector.reuse else object()) if injector.context else (contextlib.nullcontext(), None)
     with context:
         twin = healthy.mutated(weights, injector.patches, trajectory, salt)
         battery = Battery(case, policy=policy, recording=recording, candidate=twin)
