@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Injector:
     weights: `f(weights, fresh) -> weights`, candidate arrays by candidate name and those the candidate was made with.
     patches: changes to modules (`adapters.nnx_trace.Patch`). trajectory: changes the candidate's optimiser run.
     context: `f() -> context manager` that patches something of the candidate's code while it runs; nothing compiled before is used then,
-        unless `reuse` says that no model code is touched (an optimiser).
+        unless `reuse` says that no model code is touched (an optimiser). unseen: written before anything was tuned on it; reported apart.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Injector:
     trajectory: Callable[[Trajectory], Trajectory] | None = None
     context: Callable[[], AbstractContextManager] | None = None
     reuse: bool = False
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Mutation:
     failures: int = 0
     tiers: tuple[str, ...] = field(default_factory=tuple)
     diagnosis: Diagnosis | None = None
+    unseen: bool = False
 
     @property
     def held(self) -> bool:
@@ -67,12 +69,17 @@ class Mutation:
         return self.detected and self.located == self.expected
 
 
+def unseen(*injectors: Injector) -> tuple[Injector, ...]:
+    """The same bugs, marked as not seen while the harness was tuned."""
+    return tuple(replace(injector, unseen=True) for injector in injectors)
+
+
 def run_mutations(case: Case, injectors: Sequence[Injector] | None = None, *, policy: Policy | None = None, healthy: bool = True,
                   progress: Callable[[str], None] | None = None) -> list[Mutation]:
     """Inject each bug by itself (`case.injectors` when None) and run the tiers in order until one does not hold.
 
     Raises CaseError when there is nothing to inject, when two injectors have one name, or (with `healthy`) when the candidate does not hold
-    without any bug, since a detection would then mean nothing.
+    without any bug, or raises with one, since a detection would then mean nothing.
     """
     chosen = tuple(case.injectors if injectors is None else injectors)
     names = [injector.name for injector in chosen]
@@ -113,10 +120,12 @@ def _one(case: Case, recording: Recording, healthy: Candidate, injector: Injecto
     wrong = locate.first(checks)
     rules = tuple(f"{rule} {RULES[rule]}" for rule in sorted({check.rule for check in checks if not check.held}))
     located = "" if wrong is None else (wrong.tier if wrong.tier in OUTSIDE else wrong.where)
+    if wrong is not None and wrong.quantity == "a result":
+        raise CaseError(f"injector {injector.name!r} of case {case.name!r} computes nothing wrong, it raises: {wrong.detail}")
     looks = None if wrong is None else battery.tier(wrong.tier).diagnosis
     return Mutation(injector.name, injector.where, located, wrong is not None, wrong.tier if wrong else "", rules, similarity,
                     not similarity >= 0.99, locate.sentence(checks, battery.input_errors, looks), sum(not check.held for check in checks),
-                    tuple(tier.name for tier in done), looks)
+                    tuple(tier.name for tier in done), looks, injector.unseen)
 
 
 def _cosine_alone(battery: Battery) -> float:

@@ -17,11 +17,12 @@ import numpy as np
 from . import tree
 
 AS_IS = "as is"
+PLANTED = "one NaN"
 FLOAT_TRANSFORMS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "x 1e-3": lambda x: x * 1e-3,
     "+ 100": lambda x: x + 100.0,
     "one-hot": lambda x: one_hot(x),
-    "one NaN": lambda x: one_nan(x),
+    PLANTED: lambda x: one_nan(x),
 }
 
 
@@ -53,13 +54,13 @@ class Regime:
 STANDARD = (
     Regime(AS_IS),
     Regime("carried state", carried=True),
-    *(Regime(name, transform=name) for name in FLOAT_TRANSFORMS if name != "one NaN"),
+    *(Regime(name, transform=name) for name in FLOAT_TRANSFORMS if name != PLANTED),
     Regime("repeated token", transform="repeated token"),
     *(Regime(f"length {length}", length=length) for length in (1, 2, 63, 100)),
     *(Regime(f"batch {batch}", batch=batch) for batch in (1, 2, 3)),
 )
 # where a NaN spreads to depends on the order of the sums (0 x NaN in a masked product), so a case has to ask for it
-BY_NAME = {regime.name: regime for regime in (*STANDARD, Regime("one NaN", transform="one NaN"))}
+BY_NAME = {regime.name: regime for regime in (*STANDARD, Regime(PLANTED, transform=PLANTED))}
 
 
 def one_hot(array: np.ndarray) -> np.ndarray:

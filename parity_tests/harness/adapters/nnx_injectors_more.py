@@ -94,7 +94,7 @@ def embedding_scale_dtype(path: str, dtype: str = "bfloat16", where: str | None 
 
     def rounded(y: Any) -> Any:
         scale = math.sqrt(y.shape[-1])
-        return y * (float(jnp.asarray(scale, dtype)) / scale)
+        return y * (float(np.float64(scale).astype(jnp.dtype(dtype))) / scale)
 
     return changed_module(f"embedding scale in {dtype}", path, where, main_output(rounded))
 
