@@ -78,8 +78,8 @@ def run_mutations(case: Case, injectors: Sequence[Injector] | None = None, *, po
                   progress: Callable[[str], None] | None = None) -> list[Mutation]:
     """Inject each bug by itself (`case.injectors` when None) and run the tiers in order until one does not hold.
 
-    Raises CaseError when there is nothing to inject, when two injectors have one name, or (with `healthy`) when the candidate does not hold
-    without any bug, or raises with one, since a detection would then mean nothing.
+    Raises CaseError when there is nothing to inject or two injectors have one name, and where a detection would mean nothing: when the
+    candidate raises with a bug, or (with `healthy`) when it does not hold without any.
     """
     chosen = tuple(case.injectors if injectors is None else injectors)
     names = [injector.name for injector in chosen]
