@@ -7,10 +7,11 @@ Without a family stand those of which the failed check itself says what is wrong
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 
-from parity_tests.harness.mutate import Mutation
+from parity_tests.harness.mutate import Injector, Mutation
 
 # pattern of the mutation's name -> families that are right, any of them
 EXPECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -132,6 +133,11 @@ def expected(name: str) -> tuple[str, ...]:
         if re.search(pattern, name):
             return families
     raise KeyError(f"no family is written down for the mutation {name!r}")
+
+
+def known(*injectors: Injector) -> tuple[Injector, ...]:
+    """The same injectors with the families that are right for them."""
+    return tuple(dataclasses.replace(injector, families=expected(injector.name)) for injector in injectors)
 
 
 def named(found: Iterable[Mutation]) -> tuple[int, list[str]]:

@@ -1,6 +1,6 @@
-"""Porting bugs for the healthy port of GroundedMamba: INJECTORS and LATE_INJECTORS run with the tests, the others with all mutations.
+"""Porting bugs for the healthy port of GroundedMamba. FEW run with the tests, RUNS are those that the harness was tuned on.
 
-UNSEEN and LATE_UNSEEN were written before anything was measured on them, and nothing was tuned for them.
+UNSEEN_RUNS were written before anything was measured on them, and nothing was tuned for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from parity_tests import mutants_mamba as mutants
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters import nnx_injectors_more as more
 from parity_tests.harness.adapters.nnx_trace import Patch
-from parity_tests.harness.mutate import Injector, unseen
+from parity_tests.harness.mutate import Injector
 from parity_tests.specs import DEFAULT, grounded_mamba
 
 # the regimes that the bugs below need: the state handed on, the offset that breaks a one-pass variance, more than one chunk, a NaN
@@ -159,7 +159,7 @@ MORE_LATE = (
     more.written_in_place("blocks.0.rwkv", "writes"),
     misread("bank written every 11th step", "blocks.0.rwkv", where="optimiser", memory_every=11),
 )
-UNSEEN = unseen(
+UNSEEN = (
     inside("tanh for the sigmoid of the receptance", "blocks.1.rwkv", mutants.rwkv),
     inside("key normalised by the decay", "blocks.1.rwkv", mutants.rwkv),
     inside("heads joined in the other order", "blocks.0.rwkv", mutants.rwkv),
@@ -170,10 +170,10 @@ UNSEEN = unseen(
     inside("each branch normalised by itself", "blocks.0", mutants.block),
     bugs.changed_leaf("decay of the next head", "blocks.1.rwkv.time_decay", lambda value, _: np.roll(value, 1, 0)),
 )
-LATE_UNSEEN = unseen(
+LATE_UNSEEN = (
     instead("nearest slot by the dot product", "blocks.0.rwkv", memory_bank, "update_memory", "optimiser", nearest_slots=by_dot_product),
 )
-CASES = (
-    dataclasses.replace(CASE, injectors=(*INJECTORS, *MORE, *UNSEEN)),
-    dataclasses.replace(LATE, injectors=(*LATE_INJECTORS, *MORE_LATE, *LATE_UNSEEN)),
-)
+
+FEW = ((CASE, INJECTORS), (LATE, LATE_INJECTORS))
+RUNS = ((CASE, (*INJECTORS, *MORE)), (LATE, (*LATE_INJECTORS, *MORE_LATE)))
+UNSEEN_RUNS = ((CASE, UNSEEN), (LATE, LATE_UNSEEN))
