@@ -6,22 +6,32 @@ import ast
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COVERED = (  # what decides whether a bug is noticed, or a clean pair is not
     "conf/models.py", "torch_impl/*.py", "torch_impl/ops/*.py", "jax_impl/*.py", "jax_impl/ops/*.py",
     "parity_tests/specs*.py", "parity_tests/harness/*.py", "parity_tests/harness/adapters/*.py",
 )
-SHOWN = ("charts", "cli", "fingerprints", "html", "kills", "plugin", "propose", "report", "series", "shown", "summaries")  # what only prints or proposes
+# what only prints or proposes
+SHOWN = ("charts", "cli", "fingerprints", "html", "kills", "plugin", "propose", "report", "series", "shown", "summaries")
 
 
 def digest(text: str) -> str:
     """sha256 of the syntax tree of a Python source, docstrings left out."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(repr(_plain(ast.parse(text))).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A syntax tree as nested tuples without positions; empty fields are left out, since later versions of Python add such."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, ast.AST):
+        return value
+    fields = dict(ast.iter_fields(value))
+    if isinstance(value, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(value, clean=False) is not None:
+        fields["body"] = fields["body"][1:]
+    return type(value).__name__, [(name, _plain(item)) for name, item in fields.items() if item is not None and item != []]
 
 
 def digests(patterns: Sequence[str] = (), root: Path = ROOT) -> dict[str, str]:
