@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from parity_tests import families, mutations_mamba
+from parity_tests import families, mutations_lam, mutations_mamba, mutations_wave
 from parity_tests.harness import Case
 from parity_tests.harness.mutate import Injector, unseen
 
@@ -23,6 +23,6 @@ def cases(runs: Runs, unseen_runs: Runs) -> tuple[Case, ...]:
     return tuple(dataclasses.replace(case, injectors=tuple(injectors)) for case, injectors in together.values())
 
 
-GROUNDED_MAMBA = cases(mutations_mamba.RUNS, mutations_mamba.UNSEEN_RUNS)
-MODELS = {"GroundedMamba": GROUNDED_MAMBA}
+MODELS = {name: cases(own.RUNS, own.UNSEEN_RUNS) for name, own in (
+    ("GroundedMamba", mutations_mamba), ("LAM", mutations_lam), ("WaveCore", mutations_wave))}
 CASES = [case for model in MODELS.values() for case in model]
