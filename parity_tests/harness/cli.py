@@ -6,16 +6,13 @@ Exit status: 0 everything held, 1 something did not, 2 the question itself was w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +26,7 @@ from .case import DTYPES, Case, CaseError
 from .convert import ConversionError
 from .measure import MeasureError, measure
 from .mutate import Mutation, run_mutations
+from .output import Output, Usage, check_folders, dropped, progress, write
 from .policy import Policy
 from .recording import Recording
 
@@ -36,33 +34,9 @@ USER_ERRORS = (CaseError, BoundError, ConversionError, formats.FormatError, Meas
                records.ReportError)
 
 
-WIDTH = 120  # columns of a report that goes to a file
-
-
-class _Output(Console):
-    """Standard output. When nobody reads it any more (`| head`) the rest is dropped, and what the command does besides is still done."""
-
-    def __init__(self) -> None:
-        super().__init__(width=None if sys.stdout.isatty() else WIDTH)
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        _dropped()
-
-
-def _dropped() -> None:
-    """Send what is still written to standard output nowhere."""
-    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
-class _Usage(Exception):
-    """A wrong command line."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise _Usage(f"{message} (see {self.prog} --help)")
+        raise Usage(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> _Parser:
@@ -136,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            _dropped()
+            dropped()
         return status
-    except (_Usage, *USER_ERRORS) as error:
+    except (Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
         return 2
@@ -148,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"parity: a case ended the program (exit status {error.code}) before it was compared", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of a plain print
-        _dropped()
+        dropped()
         return 141
     except KeyboardInterrupt:
         print("parity: interrupted", file=sys.stderr)
@@ -179,80 +153,56 @@ def _replaced(case: Case, **changes: object) -> Case:
         raise CaseError(str(error)) from error
 
 
-def _check_files(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise _Usage for a file to write whose folder does not exist: before anything is computed."""
-    for name in names:
-        path = getattr(arguments, name)
-        if path is not None and not path.parent.is_dir():
-            raise _Usage(f"--{name} {path}: the folder {path.parent} does not exist")
-
-
-def _write(option: str, path: Path | None, make: Callable[[], str]) -> None:
-    if path is None:
-        return
-    try:
-        formats.write_text(path, make())
-    except OSError as error:
-        raise CaseError(f"{option} {path} cannot be written: {error.strerror}") from error
-
-
 def _run(arguments: argparse.Namespace) -> int:
-    _check_files(arguments, "json", "html")
+    check_folders(arguments, "json", "html")
     try:
         policy = Policy() if arguments.threads is None else Policy(threads=arguments.threads)
     except ValueError as error:
-        raise _Usage(str(error)) from error
+        raise Usage(str(error)) from error
     cases = [_adjusted(case, arguments) for case in _cases(arguments.cases)]
-    console = _Output()
+    console = Output()
     results: list[Result] = []
     mutations: dict[str, list[Mutation]] = {}
     held = True
     for case in cases:
-        with _progress(case, console, arguments.quiet) as progress:
-            battery = Battery(case, policy=policy, progress=progress)
+        with progress(case, console, arguments.quiet) as told:
+            battery = Battery(case, policy=policy, progress=told)
             result = battery.run(arguments.tier)
         results.append(result)
         report.terminal(result, console, table=not arguments.summary)
         held = held and result.held
         if arguments.mutations and result.held:
-            with _progress(case, console, arguments.quiet) as progress:
-                found = run_mutations(case, policy=policy, healthy=False, battery=battery, progress=progress)
+            with progress(case, console, arguments.quiet) as told:
+                found = run_mutations(case, policy=policy, healthy=False, battery=battery, progress=told)
             report.mutations_table(found, console)
             mutations[case.name] = found
             held = held and all(item.held for item in found)
     shown.total(results, console)
-    _write("--json", arguments.json, lambda: report.to_json(results, mutations))
-    _write("--html", arguments.html, lambda: html.page(results, mutations))
+    write("--json", arguments.json, lambda: report.to_json(results, mutations))
+    write("--html", arguments.html, lambda: html.page(results, mutations))
     return 0 if held else 1
 
 
-@contextlib.contextmanager
-def _progress(case: Case, console: Console, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done, on a terminal."""
-    with console.status(case.name, spinner="line") as status:
-        yield lambda text: status.update(f"{escape(case.name)}: {escape(text)}") if not quiet and console.is_terminal else None
-
-
 def _mutate(arguments: argparse.Namespace) -> int:
-    _check_files(arguments, "json", "html")
+    check_folders(arguments, "json", "html")
     chosen = [(case, [injector for injector in case.injectors if arguments.unseen or not injector.unseen]) for case in _cases(arguments.cases)]
     lacking, names = [case.name for case, injectors in chosen if not injectors], [case.name for case, _ in chosen]
     if len(set(names)) != len(names):
         raise CaseError(f"cases to mutate need names of their own, found {', '.join(names)}")
     if lacking:
         raise CaseError(f"case {lacking[0]!r} has no injectors: give it some by Case(injectors=...)")
-    console = _Output()
+    console = Output()
     mutations: dict[str, list[Mutation]] = {}
     for case, injectors in chosen:
-        with _progress(case, console, arguments.quiet) as progress:
-            mutations[case.name] = run_mutations(case, injectors, progress=progress)
+        with progress(case, console, arguments.quiet) as told:
+            mutations[case.name] = run_mutations(case, injectors, progress=told)
         console.print(f"injected bugs: {escape(case.name)}")
         report.mutations_table(mutations[case.name], console)
     if len(mutations) > 1:
         for heading, part in kills.parts([item for found in mutations.values() for item in found]):
             console.print(f"all {len(mutations)} cases{f', {heading}' if heading else ''}: {kills.Kills.of(part)}", soft_wrap=True)
-    _write("--json", arguments.json, lambda: report.to_json([], mutations))
-    _write("--html", arguments.html, lambda: html.page([], mutations, "Injected bugs"))
+    write("--json", arguments.json, lambda: report.to_json([], mutations))
+    write("--html", arguments.html, lambda: html.page([], mutations, "Injected bugs"))
     return 0 if all(item.held for found in mutations.values() for item in found) else 1
 
 
@@ -261,17 +211,17 @@ def _report(arguments: argparse.Namespace) -> int:
         print(json.dumps(records.schema(), indent=2))
         return 0
     if not arguments.files:
-        raise _Usage("report needs at least one JSON file, as `parity run --json FILE` writes it")
-    _check_files(arguments, "html")
+        raise Usage("report needs at least one JSON file, as `parity run --json FILE` writes it")
+    check_folders(arguments, "html")
     results, mutations = shown.read(arguments.files)
-    _write("--html", arguments.html, lambda: html.page(results, mutations))
-    console = _Output()
+    write("--html", arguments.html, lambda: html.page(results, mutations))
+    console = Output()
     return 0 if shown.show(results, mutations, console, table=not arguments.summary) else 1
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     if (arguments.case is None) != (arguments.to is None):
-        raise _Usage("--case and --to belong together")
+        raise Usage("--case and --to belong together")
     arrays = formats.load(arguments.source)
     if arguments.case is not None:
         case = _one(arguments.case)
@@ -295,7 +245,7 @@ def _map(arguments: argparse.Namespace) -> int:
     case = _one(arguments.case)
     target = arguments.out or Path(re.sub(r"\W+", "_", case.name) + ".map.toml")
     if target.exists() or not target.parent.is_dir():
-        raise _Usage(f"{target} exists; give another name by --out" if target.exists() else f"the folder {target.parent} does not exist")
+        raise Usage(f"{target} exists; give another name by --out" if target.exists() else f"the folder {target.parent} does not exist")
     found = propose(case)
     try:
         formats.write_text(target, mapfile.text(found.rules, found.ties, found.comment(case.name)))
@@ -311,31 +261,31 @@ def _map(arguments: argparse.Namespace) -> int:
 
 def _golden(arguments: argparse.Namespace) -> int:
     if (arguments.out is None) == (arguments.check is None):
-        raise _Usage("golden needs either --out FILE.npz, which writes the file, or --check FILE.npz, which compares to it")
+        raise Usage("golden needs either --out FILE.npz, which writes the file, or --check FILE.npz, which compares to it")
     wrong = [name for name in ("tier", "json", "html", "summary") if arguments.out and getattr(arguments, name)]
     wrong += ["regime"] if arguments.check and arguments.regime else []
     if wrong or (arguments.out and arguments.side != "candidate"):
-        raise _Usage(f"--{(wrong or ['side'])[0]} belongs to {'--check' if arguments.out else '--out'}")
-    _check_files(arguments, "out", "json", "html")
+        raise Usage(f"--{(wrong or ['side'])[0]} belongs to {'--check' if arguments.out else '--out'}")
+    check_folders(arguments, "out", "json", "html")
     if arguments.out and arguments.out.suffix != ".npz":
-        raise _Usage(f"--out {arguments.out}: a golden file is an .npz")
+        raise Usage(f"--out {arguments.out}: a golden file is an .npz")
     case = _one(arguments.case)
-    console = _Output()
-    with _progress(case, console, False) as progress:
+    console = Output()
+    with progress(case, console) as told:
         if arguments.out:
             plain = ("as is", "carried state")[:1 if case.states is None else 2]
             changed = case if not arguments.regime else _replaced(case, regimes=tuple(dict.fromkeys((*plain, *arguments.regime))))
-            count, size, notes = golden.write(arguments.out, changed, progress=progress)
+            count, size, notes = golden.write(arguments.out, changed, progress=told)
         else:
-            result = golden.check(arguments.check, case, side=arguments.side, progress=progress).run(arguments.tier)
+            result = golden.check(arguments.check, case, side=arguments.side, progress=told).run(arguments.tier)
     if arguments.out:
         for note in notes:
             console.print(f"note: {escape(note)}", soft_wrap=True)
         console.print(f"{count} arrays, {size:,} bytes, written to {escape(str(arguments.out))}", soft_wrap=True)
         return 0
     report.terminal(result, console, table=not arguments.summary)
-    _write("--json", arguments.json, lambda: report.to_json([result]))
-    _write("--html", arguments.html, lambda: html.page([result]))
+    write("--json", arguments.json, lambda: report.to_json([result]))
+    write("--html", arguments.html, lambda: html.page([result]))
     return 0 if result.held else 1
 
 
@@ -348,11 +298,11 @@ def _one(name: str) -> Case:
 
 def _diff(arguments: argparse.Namespace) -> int:
     if not arguments.tolerance >= 0.0:
-        raise _Usage(f"--tolerance must be at least 0, found {arguments.tolerance}")
+        raise Usage(f"--tolerance must be at least 0, found {arguments.tolerance}")
     first, second = formats.load(arguments.first), formats.load(arguments.second)
     if not first and not second:
         raise MeasureError(f"nothing to compare: {arguments.first} and {arguments.second} hold no arrays")
-    console, different = _Output(), 0
+    console, different = Output(), 0
     table = Table("array", "relative L2", "largest difference", "cosine", "", box=None, pad_edge=False)
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in first or name not in second:
