@@ -1,7 +1,7 @@
 """Parity between a reference and a candidate: do they compute the same thing, and if not, where do they first part?
 
 Any `torch.nn.Module` (or a function over named arrays) against any Flax `nnx.Module` or `flax.linen.Module` (or such a function). A port
-needs one case:
+needs one case (README.md beside this file ports a module step by step):
 
     import numpy as np
     from parity_tests.harness import Bound, Case, StateProtocol

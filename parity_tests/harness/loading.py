@@ -23,7 +23,7 @@ def configured(start: Path) -> list[str]:
     """`[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError when there is none."""
     path = nearest_pyproject(start)
     if path is None:
-        raise CaseError(f"no CASE was given and there is no pyproject.toml in {start} or above it")
+        raise CaseError(f"no CASE was given, as file.py:name, and there is no pyproject.toml in {start} or above it that lists any")
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:

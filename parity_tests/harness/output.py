@@ -48,11 +48,13 @@ def progress(case: Case, console: Console, quiet: bool = False) -> Iterator[Call
 
 
 def check_folders(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise Usage for a file to write whose folder does not exist: before anything is computed."""
+    """Raise Usage for a file to write whose folder does not exist, or that is a folder: before anything is computed."""
     for name in names:
         path = getattr(arguments, name)
         if path is not None and not path.parent.is_dir():
             raise Usage(f"--{name} {path}: the folder {path.parent} does not exist")
+        if path is not None and path.is_dir():
+            raise Usage(f"--{name} {path} cannot be written: Is a directory")
 
 
 def write(option: str, path: Path | None, make: Callable[[], str]) -> None:

@@ -53,6 +53,8 @@ def conversion(battery: Battery) -> list[Check]:
     place = Place("conversion", "", AS_IS, "float64")
     recording, candidate = battery.recording, battery.candidate
     weights = recording.weights
+    if not weights:
+        raise Unsupported("neither side has a weight")
     shapes = {name: leaf.shape for name, leaf in recording.leaves.items()}
     integers = unique_integers(shapes)
     for rule in candidate.map.rules:

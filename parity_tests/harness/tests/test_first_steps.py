@@ -83,6 +83,14 @@ def test_an_interrupted_run_ends_at_once_in_one_line(place: Path) -> None:
     assert process.returncode == 130 and error == "parity: interrupted\n" and time.monotonic() - begun < 30
 
 
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_runs(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", "cases.py:slow", "--html", "."]) == 2  # which would take a minute
+    assert main(["run"]) == 2
+    words = ["--html . cannot be written: Is a directory", "no CASE was given, as file.py:name, and there is no pyproject.toml in"]
+    captured = capsys.readouterr()
+    assert captured.out == "" and all(word in captured.err for word in words)
+
+
 def test_a_report_takes_the_place_of_the_old_one_whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["run", "cases.py:good", "--quiet", "--json", "r.json"]) == 0
     before = (place / "r.json").read_text()
@@ -119,7 +127,8 @@ def test_an_unread_weight_has_a_way_out() -> None:
 
 def test_a_function_without_weights_is_compared_and_said_to_have_none() -> None:
     result = run_case(engines(lambda x, a: x * 2.0, {}))
-    assert result.held and result.tiers[-1].skipped == "the reference has no weight that could be moved"
+    assert result.held and result.tiers[0].skipped == "neither side has a weight"
+    assert result.tiers[-1].skipped == "the reference has no weight that could be moved"
 
 
 def test_leaves_that_are_left_over_on_both_sides_come_with_advice() -> None:

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("flax")
 
+from parity_tests.harness import plugin
 from parity_tests.harness.cli import main
 
 pytest_plugins = ["pytester"]
@@ -84,7 +85,9 @@ class Shell:
                 runpy.run_path(arguments[0])
             return []
         if name == "pytest":
-            with self.fresh():
+            # of what other tests of this process have run nothing goes into the report
+            with self.fresh(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(plugin, "_batteries", {})
                 result = self.pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
             self.status = int(result.ret)
             return result.outlines
