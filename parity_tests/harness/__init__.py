@@ -1,7 +1,7 @@
 """Parity between a reference and a candidate: do they compute the same thing, and if not, where do they first part?
 
 Any `torch.nn.Module` (or a function over named arrays) against any Flax `nnx.Module` or `flax.linen.Module` (or such a function). A port
-needs one case:
+needs one case (README.md beside this file ports a module step by step):
 
     import numpy as np
     from parity_tests.harness import Bound, Case, StateProtocol
@@ -46,6 +46,7 @@ _HOMES = {
     "Injector": "mutate", "Mutation": "mutate", "run_mutations": "mutate",
     "Engine": "adapters.callable_adapter", "Patch": "adapters.nnx_trace",
     "Diagnosis": "explain", "to_json": "report", "from_json": "report", "ReportError": "records", "page": "html",
+    "GoldenError": "answers",
     "parity_case": "plugin", "mutation_tests": "plugin",
 }
 

@@ -104,7 +104,8 @@ class Battery:
         self._runs: dict[tuple[str, str], Run] = {}
         self.kinds: set[str] = set()
         self.recording = recording or Recording(case)
-        self.kinds.add(self.recording.kind)
+        if self.recording.live:
+            self.kinds.add(self.recording.kind)
         self.candidate = candidate
         if candidate is None:
             try:

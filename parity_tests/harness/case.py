@@ -33,6 +33,16 @@ def raised(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if line else ''}{line}{place}"
 
 
+def _is_model(value: Any) -> bool:
+    """Whether a value is a module itself; no framework is imported for the question."""
+    return any(cls.__name__ == "Module" and cls.__module__.startswith(("torch.nn", "flax.nnx", "flax.linen")) for cls in type(value).__mro__)
+
+
+def shown(inputs: Mapping[str, np.ndarray]) -> str:
+    """Inputs as errors name them: x (3, 5) float64, ids (3, 7) int64."""
+    return ", ".join(f"{name} {value.shape} {value.dtype}" for name, value in inputs.items())
+
+
 @dataclass(frozen=True)
 class StateProtocol:
     """How a model is called with a carried state and split along time.
@@ -139,6 +149,9 @@ class Case:
         if not isinstance(self.name, str) or not self.name:
             raise CaseError(f"a case needs a name, found {self.name!r}")
         for role in ("reference", "candidate", "inputs"):
+            if _is_model(getattr(self, role)):
+                kind = type(getattr(self, role)).__name__
+                raise CaseError(f"{role} of case {self.name!r} is a {kind}, expected a function that makes it: {role}=lambda: {kind}(...)")
             if not callable(getattr(self, role)):
                 raise CaseError(f"{role} of case {self.name!r} must be a function, found {getattr(self, role)!r}")
         if isinstance(self.weights, (str, Path)):
@@ -180,7 +193,8 @@ class Case:
         try:
             given = self.inputs(seed, **sizes)
         except Exception as error:
-            raise CaseError(f"inputs of case {self.name!r} raised {raised(error)}") from error
+            how = "; it is called as inputs(seed), with batch= and length= where it takes them" if isinstance(error, TypeError) else ""
+            raise CaseError(f"inputs of case {self.name!r} raised {raised(error)}{how}") from error
         if not isinstance(given, Mapping) or not given:
             raise CaseError(f"inputs of case {self.name!r} must give a dict of named arrays, found {type(given).__name__}")
         for name, value in given.items():

@@ -43,6 +43,9 @@ def diagnose(battery: Battery, check: Check) -> Diagnosis | None:
         return _unused(check)
     if check.held or check.tier not in TIERS or check.quantity in ("a result", "leaves") or (check.quantity == "cosine" and check.detail):
         return None
+    live = battery.recording.live  # a golden file cannot be asked what a repair would give
+    if not live and check.tier in ("optimiser", "gradients", "splits"):
+        return None
     if check.tier == "optimiser":
         return _optimiser(battery, check)
     if check.tier == "gradients":
@@ -52,7 +55,9 @@ def diagnose(battery: Battery, check: Check) -> Diagnosis | None:
     evidence = _free(battery, check) if check.tier == "free" else _forced(battery, check)
     if evidence is None or not evidence.differing:
         return None
-    found = explained(evidence, rerun=check.tier != "rounding", norm=_norm(battery, check))
+    found = explained(evidence, rerun=check.tier != "rounding" and live, norm=_norm(battery, check))
+    if not live and not found.family:
+        return None
     node = battery.recording.adapter("float64").modules().get(check.where)
     if found.family == "shift in time" and node is not None and node.layer.startswith("conv"):
         return replace(found, family="padding side", phrase=f"padded on the other side ({found.phrase})")

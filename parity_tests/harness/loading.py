@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 import tomllib
 from pathlib import Path
@@ -21,7 +23,7 @@ def configured(start: Path) -> list[str]:
     """`[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError when there is none."""
     path = nearest_pyproject(start)
     if path is None:
-        raise CaseError(f"no CASE was given and there is no pyproject.toml in {start} or above it")
+        raise CaseError(f"no CASE was given, as file.py:name, and there is no pyproject.toml in {start} or above it that lists any")
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
@@ -40,18 +42,21 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     file, module or name that does not exist, an import that fails, or anything that is no case.
     """
     place, _, name = spec.rpartition(":")
-    if spec.endswith(".py"):
-        known = _known(_file(Path(spec), spec))
-        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}; its cases are {known}")
-    if ":" not in spec:
+    if ":" not in spec and not spec.endswith(".py"):
         return [_registered(spec, start or Path.cwd())]
     if not place or not name:
-        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
+        found = _names(_file(Path(spec), spec)) if spec.endswith(".py") and Path(spec).is_file() else []
+        hint = f"; {spec} has {', '.join(f'{spec}:{name}' for name in found)}" if found else ""
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}{hint}")
     module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
+    known = _names(module)
+    told = f"its cases are {', '.join(known)}" if known else "it has no case, which is a variable that holds a parity_tests.harness.Case"
     if not hasattr(module, name):
-        raise CaseError(f"{place} has no {name!r}; its cases are {_known(module)}")
+        raise CaseError(f"{place} has no {name!r}; {told}")
     found = getattr(module, name)
     if callable(found) and not isinstance(found, (Case, type)):
+        if _needs_arguments(found):
+            raise CaseError(f"{spec} is a function that needs arguments, expected a Case, a list of them, or a function that makes either; {told}")
         try:
             found = found()
         except (Exception, SystemExit) as error:
@@ -59,10 +64,6 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     if not _is_cases(found):
         raise CaseError(f"{spec} is {type(found).__name__}, expected a Case, a list of them, or a function that makes either")
     return [found] if isinstance(found, Case) else list(found)
-
-
-def _known(module: Any) -> str:
-    return ", ".join(sorted(key for key, value in vars(module).items() if _is_cases(value))) or "none"
 
 
 def _registered(name: str, start: Path) -> Case:
@@ -79,13 +80,26 @@ def _registered(name: str, start: Path) -> Case:
     return found[0]
 
 
+def _names(module: Any) -> list[str]:
+    return sorted(key for key, value in vars(module).items() if _is_cases(value))
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(item.default is item.empty and item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD) for item in parameters)
+
+
 def _is_cases(value: Any) -> bool:
     return isinstance(value, Case) or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(case, Case) for case in value))
 
 
 def _file(path: Path, spec: str) -> Any:
     if not path.is_file():
-        raise CaseError(f"{path} does not exist (asked for {spec})")
+        near = difflib.get_close_matches(path.name, sorted(other.name for other in path.parent.glob("*.py")), 1) if path.parent.is_dir() else []
+        raise CaseError(f"{path} does not exist (asked for {spec})" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     path = path.resolve()
     package = _package_of(path)
     if package is not None:
@@ -101,7 +115,7 @@ def _file(path: Path, spec: str) -> Any:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a file that exits must not end the command as if all had held
         del sys.modules[name]
-        raise CaseError(f"{path} cannot be imported: {raised(error)}") from error
+        raise CaseError(f"{path} cannot be imported: {raised(error)}{_missing(error)}") from error
     return module
 
 
@@ -119,7 +133,17 @@ def _module(name: str, spec: str, root: Path) -> Any:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}") from error
+        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}{_missing(error)}") from error
+
+
+def _missing(error: BaseException) -> str:
+    """What to do about a framework that is not there."""
+    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = {"torch": "torch", "jax": "jax", "flax": "jax", "optax": "jax"}.get(name)
+    if extra is None:
+        return ""
+    return (f"; it comes with pip install 'groundwave[{extra}]', and a file that imports it inside the functions that make the models can be "
+            "checked against a golden file without it")
 
 
 def _on_path(folder: Path) -> None:

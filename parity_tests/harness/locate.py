@@ -47,7 +47,7 @@ def sentence(checks: Sequence[Check], input_errors: Mapping[str, float], diagnos
     under = f"{check.dtype}, {check.tier}, {check.regime}"
     failed_rules = sorted({item.rule for item in checks if not item.held})
     rules = f"rule{'s' * (len(failed_rules) > 1)} {', '.join(f'{rule} {RULES[rule]}' for rule in failed_rules)}"
-    looks = "" if diagnosis is None else f"; {diagnosis}"
+    looks = "" if diagnosis is None or not (diagnosis.family or diagnosis.tried) else f"; {diagnosis}"
     odd = next((item.detail.partition(":")[0] for item in checks if item.tier == "voting" and not item.held and item.quantity == "votes"), None)
     looks += "" if odd is None or check.tier == "voting" else f"; {odd}"
     if check.detail and check.quantity != "slope - 1":

@@ -107,7 +107,8 @@ def build(reference: Mapping[str, Leaf], candidate: Mapping[str, Leaf], *, names
     problems += [f"missing: {leaf.name} {leaf.shape} of the candidate is set by nothing{_suggest(leaf, lost)}" for leaf in empty]
     problems += _misshapen(found, reference, candidate)
     if problems:
-        raise ConversionError(f"{len(problems)} problem{'s' * (len(problems) > 1)} with the weights:\n  " + "\n  ".join(problems))
+        lines = [*problems, *_advice(lost, empty)]
+        raise ConversionError(f"{len(problems)} problem{'s' * (len(problems) > 1)} with the weights:\n  " + "\n  ".join(lines))
     return WeightMap(tuple(found), dict(ties))
 
 
@@ -164,6 +165,15 @@ def _misshapen(rules: Iterable[Rule], reference: Mapping[str, Leaf], candidate: 
                 near = f"; {others[0].name} has that shape" if others else ""
                 problems.append(f"misshapen: {sources} becomes {tuple(array.shape)}, but {name} is {candidate[name].shape}{near}")
     return problems
+
+
+def _advice(lost: Iterable[Leaf], empty: Iterable[Leaf]) -> list[str]:
+    """What to do when leaves of both sides are left over."""
+    if not lost or not empty:
+        return []
+    if any(leaf.attribute in ("kernel", "embedding", "scale") for leaf in lost) and any(leaf.attribute == "weight" for leaf in empty):
+        return ["kinds of layers are known from torch to Flax: make the torch module the reference and the Flax module the candidate"]
+    return ["modules of other names are paired by names={...} of the case, single leaves by weights=[Rule(...)]; `parity map` proposes such rules"]
 
 
 def _suggest(leaf: Leaf, others: Iterable[Leaf]) -> str:

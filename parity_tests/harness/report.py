@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from . import records
-from .battery import Result
+from . import kills, records
+from .battery import Result, TierResult
 from .compare import Check
 from .locate import number
 from .mutate import Mutation
@@ -58,6 +58,17 @@ def _rows(result: Result) -> list[tuple[str, dict[str, list[Check]]]]:
     return sorted(rows.items(), key=lambda item: (item[0] == "", result.order.get(item[0], len(result.order)), item[0]))
 
 
+def _together(result: Result) -> list[tuple[TierResult, list[str]]]:
+    """The tiers; neighbours that were not run for one reason are one entry, with all their names."""
+    found: list[tuple[TierResult, list[str]]] = []
+    for tier in result.tiers:
+        if found and tier.skipped and tier.skipped == found[-1][0].skipped:
+            found[-1][1].append(tier.name)
+        else:
+            found.append((tier, [tier.name]))
+    return found
+
+
 def terminal(result: Result, console: Console, *, table: bool = True) -> None:
     """Print the verdict, the layers in run order, the tiers, notes and lint, and one line of totals."""
     verdict = "[bold green]parity holds[/]" if result.held else "[bold red]parity does not hold[/]"
@@ -73,11 +84,12 @@ def terminal(result: Result, console: Console, *, table: bool = True) -> None:
                            _cell(cells.get("gradients", ())), least)
         if layers.row_count:
             console.print(layers)
-    for tier in result.tiers:
+    for tier, names in _together(result):
         state = f"[yellow]not run[/]: {escape(tier.skipped)}" if tier.skipped else ("[green]held[/]" if tier.held else "[red]failed[/]")
         failures = sum(not check.held for check in tier.checks)
         count = "" if tier.skipped else f", {len(tier.checks)} checks" + (f", {failures} failed" if failures else "")
-        console.print(f"  {tier.name}: {state}{count}, {tier.seconds:.1f} s", soft_wrap=True)
+        seconds = "" if len(names) > 1 else f", {tier.seconds:.1f} s"
+        console.print(f"  {', '.join(names)}: {state}{count}{seconds}", soft_wrap=True)
         if tier.sentence and tier.sentence != result.sentence:
             console.print(f"    {escape(tier.sentence)}", soft_wrap=True)
     for label, lines in (("lint", result.lint), ("note", result.notes)):
@@ -87,16 +99,21 @@ def terminal(result: Result, console: Console, *, table: bool = True) -> None:
 
 
 def mutations_table(found: Sequence[Mutation], console: Console) -> None:
-    """Print what became of every injected bug."""
-    table = Table("mutation", "detected", "located at", "by", "cosine alone", box=None, pad_edge=False)
-    for item in found:
-        place = item.located or "(model)"
-        where = f"[green]{escape(place)}[/]" if item.held else f"[red]{escape(place)}, expected {escape(item.expected)}[/]"
-        table.add_row(escape(item.name), "yes" if item.detected else "[red]no[/]", where if item.detected else "-", item.tier or "-",
-                      f"{'notices' if item.cosine_alone else 'blind'} ({item.cosine:.6f})")
-    console.print(table)
-    console.print(f"{sum(item.held for item in found)} of {len(found)} detected and located; cosine >= 0.99 alone notices "
-                  f"{sum(item.cosine_alone for item in found)}")
+    """Print the kill matrix, what was not seen while tuning apart, each with its totals."""
+    for heading, part in kills.parts(found):
+        if heading:
+            console.print(heading)
+        table = Table(Column("mutation", overflow="fold"), "noticed", Column("located at", overflow="fold"), "by", "rules", "cosine alone",
+                      Column("looks like", overflow="fold"), box=None, pad_edge=False)
+        for row in kills.matrix(part):
+            item, place = row.item, escape(row.item.located or "(model)")
+            where = f"[green]{place}[/]" if item.held else f"[red]{place}, expected {escape(item.expected or '(model)')}[/]"
+            family = escape(item.diagnosis.family if item.diagnosis is not None else "") or "-"
+            table.add_row(escape(item.name), "yes" if item.detected else "[bold red]no[/]", where if item.detected else "-", escape(item.tier) or "-",
+                          row.numbers or "-", f"{'notices' if item.cosine_alone else 'blind'} {item.cosine:.6f}",
+                          family if item.named is not False else f"[yellow]{family}[/], expected {escape(' or '.join(item.families))}")
+        console.print(table)
+        console.print(str(kills.Kills.of(part)), soft_wrap=True)
 
 
 def to_json(results: Sequence[Result], mutations: Mapping[str, Sequence[Mutation]] | None = None) -> str:

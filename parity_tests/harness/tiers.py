@@ -53,6 +53,8 @@ def conversion(battery: Battery) -> list[Check]:
     place = Place("conversion", "", AS_IS, "float64")
     recording, candidate = battery.recording, battery.candidate
     weights = recording.weights
+    if not weights:
+        raise Unsupported("neither side has a weight")
     shapes = {name: leaf.shape for name, leaf in recording.leaves.items()}
     integers = unique_integers(shapes)
     for rule in candidate.map.rules:
@@ -221,7 +223,8 @@ def splits(battery: Battery) -> list[Check]:
     for where, begin in (("from a carried state", start), ("from the beginning", None)):
         whole = recording.adapter("float64").run(inputs, begin, tap=False).outputs
         places = range(1, length) if begin is not None else (length // 2,)
-        for side, adapter in (("reference", recording.adapter("float64")), ("candidate", battery.candidate.adapter("float64"))):
+        sides = [("reference", recording.adapter("float64"))] if recording.live else []
+        for side, adapter in (*sides, ("candidate", battery.candidate.adapter("float64"))):
             for cut in places:
                 battery.progress(f"splits: {side} {cut} of {length}")
                 place = Place("splits", "", f"split at {cut} of {length} {where}" + ("" if side == "candidate" else ", reference"), "float64", cut)

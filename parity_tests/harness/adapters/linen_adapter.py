@@ -108,6 +108,10 @@ class LinenAdapter(NNXAdapter):
                 self._leaves[name] = Leaf(name, tuple(value.shape), str(value.dtype), keys[0] == "params", layer)
         return dict(self._leaves)
 
+    def keyed(self) -> dict[str, str]:
+        """Name of every leaf -> the same with its collection before it, as a file of variables has it: params.proj.kernel."""
+        return {name: ".".join(keys) for name, keys in self.variables.items()}
+
     def identity(self, path: str) -> tuple:
         """What the outputs of one layer depend on beside its arguments: equal identities mean equal results."""
         return super().identity("" if self._found[path].foreign else path)

@@ -121,13 +121,16 @@ class TorchAdapter:
     def run(self, inputs: Mapping[str, np.ndarray], states: Any = None, *, tap: bool = True, quick: bool = True) -> Run:
         """Run the model once, tapping every module, and report inputs, states or weights that the run wrote to (with `tap`)."""
         given, carried = self._tensors(dict(inputs)), self._tensors(states)
-        held = (lambda: [digest(tree.map_leaves(_numpy, value)) for value in (dict(self.module.state_dict()), given, carried)]) if tap else list
+        held = (lambda: [_digests(value) for value in (dict(self.module.state_dict()), given, carried)]) if tap else list
         before = held()
         calls: list[Call] = []
         written: dict[str, str] = {}
         with torch.no_grad(), _tapped(self.module, calls if tap else None, written, self.case.tap_limit):
             outputs = self._invoke(self.module, given, carried)
-        effects = [f"{what} changed during the call" for what, left, right in zip(WATCHED, before, held(), strict=False) if left != right]
+        effects = []
+        for what, left, right in zip(WATCHED, before, held(), strict=False):
+            changed = [name for name in right if left.get(name) != right[name]]
+            effects += [f"{what} changed during the call: {', '.join(changed)}"] if changed else []
         return Run(tree.map_leaves(_numpy, outputs), calls, effects, written=written)
 
     def call(self, path: str, args: tuple, kwargs: dict) -> Any:
@@ -211,6 +214,10 @@ class TorchAdapter:
             return tensor.to(self.floating).requires_grad_(track) if tensor.is_floating_point() else tensor
 
         return tree.map_leaves(convert, value)
+
+
+def _digests(value: Any) -> dict[str, str]:
+    return {name: digest(_numpy(leaf)) for name, leaf in tree.named(value).items()}
 
 
 def _layer(module: nn.Module) -> str:

@@ -186,7 +186,8 @@ def test_more_activations_than_the_limit(side: str) -> None:
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"inputs": boom}, "inputs of case 'layer' raised"), ({"reference": boom}, "the reference of case 'layer' cannot be made:"),
-    ({"candidate": boom}, "the candidate of case 'layer' cannot be made:"), ({"call": (boom, boom)}, "the reference of case 'layer' cannot be run:"),
+    ({"candidate": boom}, "the candidate of case 'layer' cannot be made:"),
+    ({"call": (boom, boom)}, "the reference of case 'layer' cannot be run on x (3, 5) float64:"),
     ({"leaves": {"*": boom}}, "leaves: the function for proj.weight raised"), ({"names": boom}, "names of the case raised"),
     ({"states": StateProtocol(initial=boom), "regimes": ("as is", "carried state")}, "states.initial of case 'layer' raised"),
 ])

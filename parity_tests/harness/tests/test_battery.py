@@ -135,7 +135,8 @@ def test_float_inputs_a_state_with_gradients_and_a_spare_leaf() -> None:
 def test_an_unread_leaf_is_untested_unless_declared() -> None:
     result = run_case(line(unobservable={}), tiers=["observability"])
     assert not result.held
-    assert result.sentence == ("parts at the whole model (spare): spare changes no output, state or gradient: it is untested "
+    assert result.sentence == ("parts at the whole model (spare): spare changes no output, state or gradient: it is untested; give inputs that "
+                               "reach it, or a reason in unobservable={...} "
                                "[float64, observability, as is; rule 8 observability]")
     declared = run_case(line(unobservable={"*": "said too much here"}), tiers=["observability"])
     assert not declared.held and "is declared unobservable" in declared.sentence

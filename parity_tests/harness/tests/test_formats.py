@@ -14,17 +14,80 @@ from parity_tests.harness.formats import FormatError, load, save
 ARRAYS = {"a.kernel": np.arange(15.0).reshape(3, 5).T, "n": np.array(3, np.int64), "f": np.arange(7, dtype=np.float32)}
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
-def test_there_and_back(tmp_path: Path, suffix: str) -> None:
-    if suffix == ".pt":
-        pytest.importorskip("torch")
+NEEDS = {".pt": "torch", ".msgpack": "flax", ".orbax": "orbax.checkpoint", ".safetensors.index.json": "huggingface_hub"}
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".npz", ".pt", ".msgpack", ".orbax")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_there_and_back(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if suffix in NEEDS:
+        pytest.importorskip(NEEDS[suffix])
     path = tmp_path / f"weights{suffix}"
     save(path, ARRAYS)
     back = load(path)
     assert set(back) == set(ARRAYS)
     for name, value in ARRAYS.items():
-        assert back[name].dtype == value.dtype and np.array_equal(back[name], value)
-    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+        assert back[name].dtype == value.dtype and np.array_equal(back[name], value) and back[name].flags.writeable
+    beside = ["weights.safetensors"] if suffix.endswith(".json") else []
+    assert sorted(item.name for item in tmp_path.iterdir()) == [*beside, path.name]
+    if not beside:
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")  # a path is one of this folder, for Orbax too
+        save(Path(f"again{suffix}"), back)
+        assert {name: value.tobytes() for name, value in load(f"again{suffix}").items()} == {name: value.tobytes() for name, value in back.items()}
+
+
+def test_shards_are_cut_as_the_hub_cuts_them(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    path = tmp_path / "model.safetensors.index.json"
+    save(path, ARRAYS, shard_size=128)  # 120 + 8 bytes, then 28
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", path.name]
+    index = json.loads(path.read_text())
+    assert index["metadata"]["total_size"] == 156 and index["weight_map"]["f"] == "model-00002-of-00002.safetensors"
+    for place in (path, tmp_path):
+        back = load(place)
+        assert {name: value.tobytes() for name, value in back.items()} == {name: np.ascontiguousarray(value).tobytes()
+                                                                          for name, value in ARRAYS.items()}
+    with pytest.raises(FormatError, match="cannot be written"):
+        save(path, ARRAYS, shard_size="few")
+
+
+def test_flax_reads_its_own_formats(tmp_path: Path) -> None:
+    """What is written is what Flax's users have: a nested dict, which a Linen module is applied to and an NNX module updated from."""
+    flax, nnx = pytest.importorskip("flax"), pytest.importorskip("flax.nnx")
+    orbax = pytest.importorskip("orbax.checkpoint")
+    save(tmp_path / "w.msgpack", {"params.proj.kernel": np.ones((2, 3))})
+    held = flax.serialization.msgpack_restore((tmp_path / "w.msgpack").read_bytes())
+    assert held["params"]["proj"]["kernel"].shape == (2, 3)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "nnx", nnx.state(model))
+    with orbax.CheckpointManager(tmp_path / "steps") as manager:
+        manager.save(7, args=orbax.args.StandardSave({"a": [np.arange(3), np.float32(2)]}))
+    assert np.array_equal(load(tmp_path / "nnx")["kernel"], model.kernel.get_value())
+    back = load(tmp_path / "steps" / "7")
+    assert list(back) == ["a.0", "a.1"] and back["a.0"].tolist() == [0, 1, 2] and back["a.1"].dtype == np.float32
+    (tmp_path / "half.msgpack").write_bytes(flax.serialization.msgpack_serialize({"h": model.kernel[...].astype("bfloat16")}))
+    assert load(tmp_path / "half.msgpack")["h"].dtype == np.float32
+
+
+@pytest.mark.parametrize(("name", "words"), [("w.msgpack", "'a' is an array and holds 'a.b'"), ("w.orbax", "'a' is an array and holds 'a.b'")])
+def test_names_that_a_nested_dict_cannot_hold(tmp_path: Path, name: str, words: str) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    with pytest.raises(FormatError, match=words):
+        save(tmp_path / name, {"a": np.ones(1), "a.b": np.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_not_written_over(tmp_path: Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    (tmp_path / "w.orbax").mkdir()
+    with pytest.raises(FormatError, match="exists; an Orbax checkpoint is a folder, which is not written over"):
+        save(tmp_path / "w.orbax", ARRAYS)
+    (tmp_path / "w.orbax" / "_METADATA").write_text("nonsense")
+    with pytest.raises(FormatError, match="cannot be read") as caught:
+        load(tmp_path / "w.orbax")
+    assert "\n" not in str(caught.value)
 
 
 def test_torch_reads_the_safetensors(tmp_path: Path) -> None:
@@ -75,10 +138,13 @@ def test_pt_files_hold_tensors_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("missing.npz", None, "does not exist"), ("w.txt", b"", "unknown format"), ("w.safetensors", b"short", "cannot be read"),
     ("w.npz", b"no archive", "cannot be read"), ("w.pt", b"no archive", "cannot be read"),
+    ("w.msgpack", b"\xc1 nothing", "cannot be read as .msgpack: it is no msgpack of a nested dict"), ("w.msgpack", b"\x07", "it holds a int"),
+    ("w.msgpack", b"\x81\xa1a\xa1b", "'a' is a str, expected an array"), ("x.safetensors.index.json", b"{}", "cannot be read"),
 ])
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
-    if name.endswith(".pt"):
-        pytest.importorskip("torch")
+    for suffix in NEEDS:
+        if name.endswith(suffix):
+            pytest.importorskip(NEEDS[suffix])
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=words) as caught:
@@ -91,5 +157,9 @@ def test_files_that_cannot_be_written(tmp_path: Path) -> None:
         save(tmp_path / "w.txt", ARRAYS)
     with pytest.raises(FormatError, match="cannot be written"):
         save(tmp_path / "missing" / "w.npz", ARRAYS)
+    pytest.importorskip("orbax.checkpoint")
+    for name in ("w.orbax", "w.msgpack", "w.safetensors.index.json"):
+        with pytest.raises(FormatError, match="cannot be written"):
+            save(tmp_path / "missing" / name, ARRAYS)
     with pytest.raises(FormatError, match="holds 0 safetensors"):
         load(tmp_path)
