@@ -18,13 +18,13 @@ from parity_tests.harness.adapters.nnx_trace import Patch
 from parity_tests.harness.mutate import Injector
 from parity_tests.specs_wavecore import DEFAULT, LINEAR, STATE3, rollout, step
 
-# the rollout trains and rounds in test_wavecore: what is left out here would compile the same layers once more
+# test_wavecore trains and rounds: what is left out here would compile the same layers once more
 STEP = dataclasses.replace(step("wavecore_step", STATE3, batch=5, regimes=("as is",)), dtypes=("float64",), trajectory=None)
 LINEAR_STEP = dataclasses.replace(step("wavecore_linear_step", LINEAR, batch=3, regimes=("as is",)), dtypes=("float64",), trajectory=None)
 # the first slot is written whatever the gate, which a NaN would close
 SPOILT = dataclasses.replace(LINEAR_STEP, name="wavecore_linear_nan", regimes=("as is", "one NaN"))
 TRAINED = dataclasses.replace(LINEAR_STEP, name="wavecore_linear_training", trajectory=Trajectory(steps=6))
-ROLLOUT = rollout("wavecore", DEFAULT, ("as is", "carried state"))
+ROLLOUT = dataclasses.replace(rollout("wavecore", DEFAULT, ("as is", "carried state")), dtypes=("float64",), trajectory=None)
 
 
 def inside(bug: str, path: str, mutant: Callable[[str | None], Callable]) -> Injector:
