@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .torch_slips import slips
+
 Alternative = Callable[[Any, tuple, dict], Any]
 STOPPED, BATCH = "gradient stopped", "averaged over the batch"
 RESHAPES = ("unflatten", "flatten", "reshape", "view")
@@ -153,6 +155,7 @@ def alternatives(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[
         yield "sign", "a missing minus", _on(lambda x: x), False
     if name in ("sqrt", "rsqrt", "square", "abs", "log", "reciprocal", "pow"):
         yield "missing function", f"a missing {name}", _on(lambda x: x), False
+    yield from slips(name, args, kwargs)
 
 
 def _reductions(name: str, args: tuple, kwargs: dict) -> Iterator[tuple[str, str, Alternative, bool]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HARNESS = Path(__file__).parents[1]
-HOMES = {"torch": tuple(f"adapters/torch_{name}.py" for name in ("adapter", "variants", "alternatives", "sites", "values")),
+HOMES = {"torch": tuple(f"adapters/torch_{name}.py" for name in ("adapter", "alternatives", "sites", "slips", "values", "variants")),
          "safetensors": ("formats.py",),
          **dict.fromkeys(("jax", "flax", "optax"), tuple(f"adapters/{name}.py" for name in (
              "nnx_adapter", "nnx_trace", "nnx_injectors", "nnx_injectors_more", "linen_adapter", "jax_shared")))}
