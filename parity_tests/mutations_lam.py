@@ -127,12 +127,12 @@ UNSEEN = (
     rule("scores summed over the chunk", 0),
     inside("silu gate for sigmoid", "blocks.0.delta.o_norm", mutants.output_norm),
     inside("norm before the residual", "blocks.1", mutants.block),
-    more.ddof("blocks.0.norm_ffn"),
+    rule("N N^T not masked", 1),
     inside("largest value for the mean", "", mutants.pooled),
 )
 UNSEEN_ON_CAUSAL = (
     rule("read before the write", 0, mutants.plain),
-    bugs.state_in_low_precision("blocks.1.delta.rule"),
+    rule("outer product the other way round", 1, mutants.plain),
 )
 
 FEW: tuple[tuple[Case, tuple[Injector, ...]], ...] = ((CASE, INJECTORS),)

@@ -121,7 +121,7 @@ UNSEEN = (
     inside("dt without its scale", "core.wave.ssm", mutants.ssm),
     inside("relu before the norm", "encoder", mutants.encoder),
     inside("decoder reads s before the step", "", mutants.stepped),
-    more.ddof("encoder.join_norm"),
+    inside("y averaged over the state", "core.wave.ssm", mutants.ssm),
 )
 UNSEEN_ON_A_LINEAR_STEP = (inside("columns modulated for rows", "core.wave", mutants.linear),)
 UNSEEN_ON_A_ROLLOUT = (inside("keys not folded", "cms_write", mutants.write_lazy),)

@@ -56,7 +56,7 @@ def diagnose(battery: Battery, check: Check) -> Diagnosis | None:
         return None
     found = explained(evidence, rerun=check.tier != "rounding", norm=_norm(battery, check))
     node = battery.recording.adapter("float64").modules().get(check.where)
-    if found.family == "shift in time" and node is not None and node.layer.startswith("conv"):
+    if found.family == "shift in time" and not found.phrase.startswith("taps ") and node is not None and node.layer.startswith("conv"):
         return replace(found, family="padding side", phrase=f"padded on the other side ({found.phrase})")
     return found
 

@@ -16,7 +16,7 @@ from . import repairs, tree
 from .measure import MeasureError, relative_l2
 from .symptoms import EPS, EXACT, FITTED, HINT, PART, PLACE, REPAIR, Axes, Finding, explains, size, symptoms
 
-MAX_TRIALS = 500  # of one kind of repair
+MAX_TRIALS = 800  # of one kind of repair
 MAX_SECONDS = 20.0  # of one kind of repair: a large model is called less often
 
 

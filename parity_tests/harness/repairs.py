@@ -115,7 +115,7 @@ def _changed(name: str, leaf: Leaf, value: np.ndarray, fresh: np.ndarray | None)
         for by in (1, -1):
             yield "shift in time", f"taps of {name} shifted by one", np.roll(value, by, -1)
             yield "shift in time", f"taps of {name} shifted by one, the last one lost", _slid(value, value.shape[-1], by, value.ndim - 1)
-    if leaf.layer.startswith("embedding") and value.ndim == 2:
+    if leaf.layer.startswith("embedding") and value.ndim == 2 and len(value) > 2:
         for by in (1, -1):
             yield "shift in time", f"rows of {name} shifted by one", np.roll(value, by, 0)
     yield "sign", f"{name} with the other sign", -value
@@ -190,6 +190,8 @@ def arguments(subject: Subject) -> Iterator[Trial]:
         def scaled(factor: float, place: int = place, value: Any = value) -> Any:
             return given({place: _mapped(lambda leaf: factor * leaf, value)})(0.0)
 
+        for factor in (2.0, 0.5):  # far from 1 in what is not linear, where a search does not arrive
+            yield Trial("scaled argument", f"argument {place} times {factor:g}", lambda _, factor=factor, scaled=scaled: scaled(factor), PART)
         yield Trial("scaled argument", f"argument {place} times {{value:.6g}}", scaled, PART, 1.0)
     for one, two in combinations(floats, 2):
         if _shapes(floats[one]) == _shapes(floats[two]):

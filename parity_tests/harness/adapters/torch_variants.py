@@ -98,10 +98,6 @@ class Variations:
         for what, keys in (("split or joined", set(reshaped)), ("split", apart), ("joined", set(reshaped) - apart)):
             if keys and (what == "split or joined" or len(keys) < len(reshaped)):
                 yield Variation("axis", f"channels {what} in the other order", _at(keys, other_order))
-        if batch is not None and batch > 1:
-            for keys, site in groups:
-                if isinstance(site.result, torch.Size) and site.result and site.result[0] == batch:
-                    yield Variation(BATCH, f"{site.name} averaged over the batch {site.where}", _at(keys, averaged))
         for (family, phrase, alternative, particular), keys, site in made:
             if not particular:
                 yield Variation(family, f"{phrase} {site.where}", _at(keys, alternative), particular=False)
@@ -111,6 +107,10 @@ class Variations:
                     yield Variation("constant", f"{{value:.6g}} for {value:.6g} {site.where}", _constant(keys, place), value, particular=False)
             if site.name in ("sqrt", "rsqrt"):
                 yield Variation("epsilon", f"{{value:.3g}} added inside the root {site.where}", _added(keys), 0.0, particular=False)
+        if batch is not None and batch > 1:
+            for keys, site in groups:
+                if isinstance(site.result, torch.Size) and site.result and site.result[0] == batch:
+                    yield Variation(BATCH, f"{site.name} averaged over the batch {site.where}", _at(keys, averaged))
         for keys, site in groups:
             if isinstance(site.result, torch.Size) and site.name in CASTS:
                 for dtype in ("float32", "bfloat16", "float16"):
