@@ -71,11 +71,14 @@ def _shown(case: Case, update: Callable[[str], None], console: Console) -> Calla
 
 
 def write(path: Path, found: Mapping[str, Sequence[Mutation]], record: Mapping[str, Any]) -> None:
-    """The report with the record beside it, under a temporary name first."""
+    """The report with the record beside it, a bug to a line, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = json.loads(report.to_json([], found)) | {"calibration": records.plain(record)}
+    made = json.loads(report.to_json([], found))
+    bugs = ",\n".join(f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, own)) + "\n  ]" for name, own in made.pop("mutations").items())
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in made.items())
+    kept = json.dumps(records.plain(record), indent=1, allow_nan=False).replace("\n", "\n ")
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(f'{{\n{head} "mutations": {{\n{bugs}\n }},\n "calibration": {kept}\n}}\n', encoding="utf-8")
     partial.replace(path)
 
 
