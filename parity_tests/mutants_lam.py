@@ -77,7 +77,7 @@ def parts(bug: str | None) -> Callable:
     """`HierarchicalRule.__call__` with the functions that it is made of."""
 
     def mixed(fast: Any, slow: Any, psi: Any) -> tuple:
-        c = 0.05 + 0.1 * psi.mean((0, 1) if bug == "cross share averaged over the batch" else 1, keepdims=True)
+        c = 0.05 + 0.1 * psi.mean(1, keepdims=True)
         if bug == "missing cross update":
             c = 0.0
         one, other = (1 - psi, psi) if bug == "psi and 1 - psi exchanged" else (psi, 1 - psi)
@@ -87,7 +87,7 @@ def parts(bug: str | None) -> Callable:
 
     def square_normalised(state: Any) -> Any:
         """`ops.normalised`."""
-        axes = {"norm of the state over its rows": -1, "norm of the state over all heads": (-3, -2, -1)}.get(str(bug), (-2, -1))
+        axes = -1 if bug == "norm of the state over its rows" else (-2, -1)
         return state / (ops._root((state * state).sum(axes, keepdims=True)) + ops.EPS)
 
     def chunk_flux(k: Any, u: Any, count: Any, mlp: Any, bilinear: Any, temp: Any) -> Any:
@@ -95,8 +95,6 @@ def parts(bug: str | None) -> Callable:
         s = s * temp if bug == "scores times temp" else s / temp
         s = s if bug == "scores summed over the chunk" else s / jnp.maximum(count, 1)
         means = [ops._mean(k.mT, count[..., None]), ops._mean(u.mT, count[..., None]), s[..., None]]
-        if bug == "means of u before those of k":
-            means[:2] = means[1::-1]
         psi = flux(jnp.concatenate(means, -1), mlp)[..., 0]
         return jnp.broadcast_to(psi.mean(0, keepdims=True), psi.shape) if bug == "psi averaged over the batch" else psi
 
@@ -111,7 +109,7 @@ def parts(bug: str | None) -> Callable:
         both = both + (n if bug == "missing second order" else n + square) @ both
         u, w = jnp.split(both, 2, axis=-1)
         scores = q @ k.mT
-        return u, w, scores if bug == "scores not causal" else jnp.tril(scores, -1 if bug == "scores without their own token" else 0)
+        return u, w, scores if bug == "scores not causal" else jnp.tril(scores)
 
     def flux(x: Any, mlp: Any) -> Any:
         w0, b0, w2, b2 = mlp
@@ -147,8 +145,6 @@ def given(bug: str | None) -> Callable:
     def around(module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         q, k, v, beta, decays, gates, mask, states = args
         decays = decays[::-1] if bug == "fast and slow decays exchanged" else decays
-        gates = gates[::-1] if bug == "fast and slow gates exchanged" else gates
-        states = states[::-1] if bug == "fast and slow states exchanged" else states
         mask = None if bug == "mask ignored by the rule" else mask
         beta = 2 * beta if bug == "beta doubled" else beta
         return call(q, k, v, beta, decays, gates, mask, states)
@@ -225,7 +221,7 @@ def positions(bug: str | None) -> Callable:
         if length <= last + 1:
             return table[None, :length]
         n = jnp.full((1, 1), length) if mask is None or bug == "stretched over the padded length" else mask.sum(1, keepdims=True)
-        stretched, spans = n > last + 1, n if bug == "stretched with n for n - 1" else jnp.maximum(n - 1, 1)
+        stretched, spans = n > last + 1, jnp.maximum(n - 1, 1)
         low = jnp.minimum(jnp.where(stretched, i * last // spans, i), last)
         share = jnp.where(stretched, i * last % spans, 0).astype(table.dtype) / spans
         below, above = table[low], table[jnp.minimum(low + 1, last)]
@@ -245,8 +241,6 @@ def pooled(bug: str | None) -> Callable:
             mean = x[:, 0]
         if bug == "largest value for the mean":
             mean = x.max(1)
-        if bug == "last valid token left out of the mean":
-            mean = mean - x[jnp.arange(len(x)), mask.sum(1) - 1] / mask.sum(1, keepdims=True)
         return output._replace(embedding=mean if bug == "embedding not normalised" else lam.l2norm(mean))
 
     return around
@@ -267,8 +261,7 @@ def heads(bug: str | None) -> Callable:
 def layer(bug: str | None) -> Callable:
     """`DeltaNetLayer.__call__`, the function behind its convolutions, which alone is on (B, L, D)."""
     silu = jax.nn.silu
-    other = {"silu missing behind the convolutions": lambda x: x, "relu for silu behind the convolutions": jax.nn.relu}.get(str(bug), silu)
-    return within(jax.nn, silu=lambda x: other(x) if x.ndim == 3 else silu(x))
+    return within(jax.nn, silu=lambda x: x if bug == "silu missing behind the convolutions" and x.ndim == 3 else silu(x))
 
 
 def same_other_side(module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:

@@ -25,7 +25,7 @@ def encoder(bug: str | None) -> Callable:
         relu = (lambda x: jax.nn.gelu(x, approximate=False)) if bug == "gelu for relu in the encoder" else jax.nn.relu
         o = m.obs_in(x)
         o = m.obs_out(m.obs_norm(relu(o)) if bug == "relu before the norm" else relu(m.obs_norm(o)))
-        a, r = relu(m.action(a)), m.reward(r) if bug == "reward without its relu" else relu(m.reward(r))
+        a, r = relu(m.action(a)), relu(m.reward(r))
         joined = [o, r, a] if bug == "reward joined before the action" else [o, a, r]
         return m.norm(m.join_out(relu(m.join_norm(m.join_in(jnp.concatenate(joined, -1))))))
 
@@ -44,7 +44,7 @@ def reading(bug: str | None) -> Callable:
             weights, content = cms.read(query, memories[level], keys[level], None if scales is None else scales[level])
             attention.append(weights)
             answers.append(project(content))
-        logits = m.mixing(jnp.concatenate(answers[::-1] if bug == "answers joined last level first" else answers, -1))
+        logits = m.mixing(jnp.concatenate(answers, -1))
         mix = {"mixing by a sigmoid": jax.nn.sigmoid, "mixing weights over the wrong axis": lambda x: jax.nn.softmax(x, 0)}.get(
             str(bug), lambda x: jax.nn.softmax(x, -1))(logits)
         if bug == "levels averaged for mixed":
@@ -60,21 +60,19 @@ def core(bug: str | None) -> Callable:
 
     def around(m: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         s, w, p, e, c = args
-        old = w, p
+        before = p
         w = m.wave(w, m.z_proj(e), c)
         p = p + m.particle_out(jax.nn.relu(m.particle_norm(m.particle_in(jnp.concatenate([p, c], -1)))))
         g = jax.nn.sigmoid(m.gate(jnp.concatenate([s, e, c], -1)))
         g = 1 - g if bug == "gate inverted" else g
         if bug == "clipped before U_p and U_w":
             w, p = saturate(w, m.limit), saturate(p, m.limit)
-        from_p = (old[1] if bug == "p before its step in s" else p) @ m.U_p[...].mT
-        from_w = (old[0] if bug == "w before its step in s" else w) @ m.U_w[...].mT
+        from_p = (before if bug == "p before its step in s" else p) @ m.U_p[...].mT
+        from_w = w @ m.U_w[...].mT
         both = g * from_p + (g if bug == "g for 1 - g" else 1 - g) * from_w
         s = both if bug == "s without its past" else s + both
         if bug == "states taken before clipping":
             return s, w, p
-        if bug == "s clipped by tanh":
-            return m.limit * jnp.tanh(s / m.limit), saturate(w, m.limit), saturate(p, m.limit)
         return saturate(s, m.limit), w if bug == "w not clipped" else saturate(w, m.limit), saturate(p, m.limit)
 
     return around
@@ -86,16 +84,15 @@ def wave(bug: str | None) -> Callable:
     def around(m: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         w, z, c = args
         zc = jnp.concatenate([z, c], -1)
-        inputs = m.wave_in(jnp.concatenate([c, z], -1) if bug == "context before particles in the wave" else zc)
+        inputs = m.wave_in(zc)
         if bug == "carry reshaped in the other order":
             y, h = m.ssm(inputs, w.reshape(len(w), m.state_dim, -1).mT)
             h = h.mT
         else:
             y, h = m.ssm(inputs, w.reshape(len(w), -1, m.state_dim))
         gate = (jax.nn.silu if bug == "silu gate in the wave" else jax.nn.sigmoid)(m.gate_proj(zc))
-        out = gate * m.wave_out(y) if y.shape[-1] == w.shape[-1] and bug == "gate behind wave_out" else m.wave_out(y * gate)
         share = 1.0 if bug == "wave state and output added, not averaged" else 0.5
-        return share * h.reshape(w.shape) + share * out
+        return share * h.reshape(w.shape) + share * m.wave_out(y * gate)
 
     return around
 
@@ -111,8 +108,6 @@ def ssm(bug: str | None) -> Callable:
         dt = dt if bug == "dt without its minimum" else dt + m.config.mamba_dt_min
         if bug == "softplus of A replaced by exp":
             a_raw = jnp.log(jnp.expm1(jnp.exp(a_raw)))  # softplus of this is exp(a_raw)
-        if bug == "b and c exchanged":
-            b, c = c, b
         if bug == "input not times dt":
             b = b / dt
         if bug == "missing skip D u":
@@ -155,8 +150,6 @@ def write(bug: str | None) -> Callable:
             norms = jnp.square(keys).sum(-1)
         if bug == "slot of the largest norm":
             norms = -norms
-        if bug == "slot chosen by the sum for the norm":
-            norms = decayed.sum(-1)
         if bug == "write gate inverted":
             gate = 1 - gate
         row, is_open = cms.choose(norms, gate, rule, threshold)
@@ -204,8 +197,8 @@ def write_lazy(bug: str | None) -> Callable:
         folds = scale < cms.FOLD
         factor = jnp.where(folds, scale, 1.0)
         if bug != "norms not folded":
-            norms = jnp.where(folds, (factor if bug == "norms folded by the scale once" else jnp.square(factor)) * jnp.square(memory).sum(-1), norms)
-        scale = scale if bug == "scale not renewed by the fold" else jnp.where(folds, 1.0, scale)
+            norms = jnp.where(folds, jnp.square(factor * memory).sum(-1), norms)
+        scale = jnp.where(folds, 1.0, scale)
         return factor * memory, keys if bug == "keys not folded" else factor * keys, *jax.lax.stop_gradient((norms, scale))
 
     return within(cms, write_lazy=written)
@@ -216,13 +209,9 @@ def read(bug: str | None) -> Callable:
 
     def answered(query: Any, memory: Any, keys: Any, scale: Any = None) -> tuple:
         scores = jnp.einsum("bnk,bk->bn", keys, query) / (1.0 if bug == "scores not divided by sqrt(d_k)" else query.shape[-1] ** 0.5)
-        if bug == "scores divided by sqrt(n)":
-            scores = scores * (query.shape[-1] / memory.shape[-2]) ** 0.5
         scale = 1.0 if scale is None else scale
         attention = jax.nn.softmax(scores if bug == "scale forgotten in the scores" else scale * scores, -1)
-        if bug == "empty slots not attended":
-            attention = jax.nn.softmax(jnp.where(jnp.square(memory).sum(-1) > 0, scale * scores, -jnp.inf), -1)
-        return attention, (1.0 if bug == "scale forgotten in the content" else scale) * jnp.einsum("bn,bnd->bd", attention, memory)
+        return attention, scale * jnp.einsum("bn,bnd->bd", attention, memory)
 
     return within(cms, read=answered)
 
@@ -237,8 +226,6 @@ def stepped(bug: str | None) -> Callable:
         query, context, attention = m.cms_read(s, e, memories, keys)
         s, w, p = m.core(s, w, p, e, context)
         new = m.cms_write(before if bug == "memory written from s before the step" else s, e, r, memories, keys)
-        if bug == "memory read after the write":
-            context = m.cms_read(s, e, *new)[1]
         y, heads = m.decoder(before if bug == "decoder reads s before the step" else s, context)
         return y, _info(query, context, attention, s, w, p) | {"cms_memories": new[0], "cms_keys": new[1]} | heads
 

@@ -17,7 +17,7 @@ import numpy as np
 from . import tree
 from .adapters.base import Leaf
 from .leaves import NORMS
-from .symptoms import PART, REPAIR
+from .symptoms import PART, PLACE, REPAIR
 
 LAYER_LEAVES = ("weight", "kernel", "bias", "scale", "embedding")
 MAX_LIMITS = 8  # of an index that is clamped
@@ -191,8 +191,8 @@ def arguments(subject: Subject) -> Iterator[Trial]:
             return given({place: _mapped(lambda leaf: factor * leaf, value)})(0.0)
 
         for factor in (2.0, 0.5):  # far from 1 in what is not linear, where a search does not arrive
-            yield Trial("scaled argument", f"argument {place} times {factor:g}", lambda _, factor=factor, scaled=scaled: scaled(factor), PART)
-        yield Trial("scaled argument", f"argument {place} times {{value:.6g}}", scaled, PART, 1.0)
+            yield Trial("scaled argument", f"argument {place} times {factor:g}", lambda _, factor=factor, scaled=scaled: scaled(factor), PLACE)
+        yield Trial("scaled argument", f"argument {place} times {{value:.6g}}", scaled, PLACE, 1.0)
     for one, two in combinations(floats, 2):
         if _shapes(floats[one]) == _shapes(floats[two]):
             yield Trial("swapped arguments", f"arguments {one} and {two} exchanged", given({one: floats[two], two: floats[one]}))

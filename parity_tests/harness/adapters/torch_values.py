@@ -16,11 +16,12 @@ from .torch_sites import Recorder, site_of
 
 LEFT_OUT = {"mul": "missing factor", "div": "missing division", "clamp": "clamp missing", "clip": "clamp missing"}
 MAX_STEPS = 400
+MAX_BYTES = 1 << 28  # of the results that one run may keep; what comes later is not looked at
 Source = tuple[tuple, int | None]  # the key of a site, and which argument of it, None for its result
 
 
 class _Step:
-    """The first call at a site."""
+    """One call at a site."""
 
     def __init__(self, key: tuple, args: tuple, result: Any) -> None:
         self.key, self.result = key, result
@@ -39,9 +40,13 @@ class _Flow(Recorder):
         self.steps: dict[tuple, _Step] = {}
         self.made: dict[int, _Step] = {}
         self.kept: list[Any] = []
+        self.bytes = 0
 
     def noted(self, key: tuple, args: tuple, result: Any) -> None:
+        if self.bytes > MAX_BYTES:
+            return
         self.kept.append((args, result))
+        self.bytes += result.numel() * result.element_size() if isinstance(result, torch.Tensor) else 0
         step = _Step(key, args, result)
         if key not in self.steps:
             self.steps[key] = step
@@ -67,7 +72,7 @@ def readings(run: Callable[[], Any], right: list[torch.nn.Module]) -> Iterator[t
             taken.setdefault(id(value), []).append(step)
     for group in (near, far):
         for (family, phrase, place, kind, _), sources in group.items():
-            if len(sources) > 1 or len(kind) > 2:
+            if len(sources) > 1 or kind in sources:
                 yield family, phrase, _reading(place, sources)
 
 
