@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -78,6 +79,19 @@ class Recording:
         self._forced: dict[str, list[Forced]] = {}
         self._own: dict[tuple, Any] = {}
         self._carried: Any = None
+        self._within: dict[str, Recording] = {}
+
+    def within(self, dtype: str) -> Recording:
+        """The recording whose weights and inputs a precision holds: this one, or one of its own, rounded further, for a half precision
+        beside another lower one."""
+        if dtype in ("float64", self.case.grid):
+            return self
+        if dtype not in self._within:
+            other = self._within[dtype] = Recording(dataclasses.replace(self.case, dtypes=("float64", dtype)))
+            # rounded from the values here, as an adapter rounds them: rounding the drawn values at once can give the other neighbour
+            other.weights = {name: tree.to_grid(value, dtype) if value.dtype.kind == "f" else value for name, value in self.weights.items()}
+            other.reference["float64"].load(other.weights)
+        return self._within[dtype]
 
     def adapter(self, dtype: str) -> Adapter:
         """The reference in a precision, with the randomised weights."""
