@@ -1,6 +1,7 @@
 # make demo   sets everything up, proves parity, trains a language model in both frameworks, shows where to look
 # make test   sets everything up, runs all tests
 # make mutations  injects every porting bug; `make test` injects twelve for each model
+# make calibrate  injects them all and compares random clean configurations; writes parity_tests/calibration/, which a test holds to its sources
 # make sanitize   runs the tests of the kernels under gcc's address and undefined-behaviour sanitizers
 # make wheel-check  builds the wheel and tests it in a fresh environment without a compiler
 # make bench  times every model against its peers, on a machine that does nothing else; writes experiments/results/
@@ -9,7 +10,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test mutations sanitize wheel-check bench clean
+.PHONY: demo test mutations calibrate sanitize wheel-check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -21,6 +22,10 @@ test: $(VENV)/.ready
 
 mutations: $(VENV)/.ready
 	$(BIN)/python -m pytest --all-mutations $(wildcard parity_tests/test_mutations*.py)
+
+calibrate: $(VENV)/.ready
+	$(BIN)/python -m parity_tests.calibrate
+	$(BIN)/python -m parity_tests.clean
 
 sanitize: $(VENV)/.ready
 	.ci/sanitize $(BIN)/python

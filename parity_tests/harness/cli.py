@@ -1,4 +1,4 @@
-"""The `parity` command: run cases, show reports again, convert weights, propose weight maps, compare two files of named arrays.
+"""The `parity` command: run cases, put bugs into them, show reports again, convert weights, propose weight maps, compare two files of named arrays.
 
 Exit status: 0 everything held, 1 something did not, 2 the question itself was wrong (one line on standard error).
 """
@@ -6,10 +6,11 @@ Exit status: 0 everything held, 1 something did not, 2 the question itself was w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import formats, html, loading, locate, mapfile, records, report, shown
+from . import formats, html, kills, loading, locate, mapfile, records, report, shown
 from .adapters.base import Unsupported
 from .battery import TIERS, Battery, Result
 from .bounds import BoundError
@@ -63,6 +64,13 @@ def _parser() -> _Parser:
     run.add_argument("--summary", action="store_true", help="no table of layers")
     run.add_argument("--quiet", action="store_true", help="no progress")
 
+    bugs = commands.add_parser("mutate", help="put every bug of the cases' injectors into the candidate and print what noticed it")
+    bugs.add_argument("cases", nargs="+", metavar="CASE", help=case_help.partition(";")[0])
+    bugs.add_argument("--unseen", action="store_true", help="inject those too that were not seen while tuning, and report them apart")
+    bugs.add_argument("--json", type=Path, metavar="FILE", help="write the kill matrix as JSON as well")
+    bugs.add_argument("--html", type=Path, metavar="FILE", help="write the kill matrix as one HTML page as well")
+    bugs.add_argument("--quiet", action="store_true", help="no progress")
+
     again = commands.add_parser("report", help="show reports again, in the terminal or as one HTML page")
     again.add_argument("files", nargs="*", type=Path, metavar="JSON", help="what `parity run --json` wrote; of one case the newest counts")
     again.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page of all of them, with earlier results of a case as its history")
@@ -91,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = _parser().parse_args(argv)
-        return {"run": _run, "report": _report, "convert": _convert, "map": _map, "diff": _diff}[arguments.command](arguments)
+        return {"run": _run, "mutate": _mutate, "report": _report, "convert": _convert, "map": _map, "diff": _diff}[arguments.command](arguments)
     except (_Usage, *USER_ERRORS) as error:
         lines = str(error).splitlines()
         print(f"parity: {lines[0]}" + "".join(f";{line.replace('  ', ' ', 1)}" for line in lines[1:]), file=sys.stderr)
@@ -155,17 +163,15 @@ def _run(arguments: argparse.Namespace) -> int:
     mutations: dict[str, list[Mutation]] = {}
     held = True
     for case in cases:
-        with console.status(f"{case.name}", spinner="line") as status:
-            def progress(text: str, name: str = case.name, status: object = status) -> None:
-                if not arguments.quiet and console.is_terminal:
-                    status.update(f"{escape(name)}: {escape(text)}")
-
-            result = Battery(case, policy=policy, progress=progress).run(arguments.tier)
+        with _progress(case, console, arguments.quiet) as progress:
+            battery = Battery(case, policy=policy, progress=progress)
+            result = battery.run(arguments.tier)
         results.append(result)
         report.terminal(result, console, table=not arguments.summary)
         held = held and result.held
         if arguments.mutations and result.held:
-            found = run_mutations(case, policy=policy, healthy=False)
+            with _progress(case, console, arguments.quiet) as progress:
+                found = run_mutations(case, policy=policy, healthy=False, battery=battery, progress=progress)
             report.mutations_table(found, console)
             mutations[case.name] = found
             held = held and all(item.held for item in found)
@@ -173,6 +179,36 @@ def _run(arguments: argparse.Namespace) -> int:
     _write("--json", arguments.json, lambda: report.to_json(results, mutations))
     _write("--html", arguments.html, lambda: html.page(results, mutations))
     return 0 if held else 1
+
+
+@contextlib.contextmanager
+def _progress(case: Case, console: Console, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done, on a terminal."""
+    with console.status(case.name, spinner="line") as status:
+        yield lambda text: status.update(f"{escape(case.name)}: {escape(text)}") if not quiet and console.is_terminal else None
+
+
+def _mutate(arguments: argparse.Namespace) -> int:
+    _check_files(arguments, "json", "html")
+    chosen = [(case, [injector for injector in case.injectors if arguments.unseen or not injector.unseen]) for case in _cases(arguments.cases)]
+    lacking, names = [case.name for case, injectors in chosen if not injectors], [case.name for case, _ in chosen]
+    if len(set(names)) != len(names):
+        raise CaseError(f"cases to mutate need names of their own, found {', '.join(names)}")
+    if lacking:
+        raise CaseError(f"case {lacking[0]!r} has no injectors: give it some by Case(injectors=...)")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    mutations: dict[str, list[Mutation]] = {}
+    for case, injectors in chosen:
+        with _progress(case, console, arguments.quiet) as progress:
+            mutations[case.name] = run_mutations(case, injectors, progress=progress)
+        console.print(f"injected bugs: {escape(case.name)}")
+        report.mutations_table(mutations[case.name], console)
+    if len(mutations) > 1:
+        for heading, part in kills.parts([item for found in mutations.values() for item in found]):
+            console.print(f"all {len(mutations)} cases{f', {heading}' if heading else ''}: {kills.Kills.of(part)}", soft_wrap=True)
+    _write("--json", arguments.json, lambda: report.to_json([], mutations))
+    _write("--html", arguments.html, lambda: html.page([], mutations, "Injected bugs"))
+    return 0 if all(item.held for found in mutations.values() for item in found) else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:

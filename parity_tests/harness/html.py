@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from . import charts, summaries
+from . import charts, kills, summaries
 from .battery import TIERS, Result
 from .charts import Axis, Chart, Data
 from .compare import RULES, Check
@@ -32,10 +32,10 @@ FIRST, FAILURES, LINES = 12, 60, 6  # rows of failures that are shown, that can 
 def page(results: Sequence[Result], mutations: Mapping[str, Sequence[Mutation]] | None = None, title: str = "Parity report") -> str:
     """The page of results and of the mutations of cases by name; of several results of one question the newest, the others as its history.
 
-    Raises ValueError when there is no result.
+    Raises ValueError when there is neither.
     """
-    if not results:
-        raise ValueError("a report needs at least one result, found none")
+    if not results and not mutations:
+        raise ValueError("a report needs at least one result or mutation, found none")
     groups = summaries.histories(results)
     newest = [group[-1] for group in groups]
     cases = [_case(result, label, group) for result, label, group in zip(newest, summaries.labels(newest), groups, strict=True)]
@@ -47,8 +47,9 @@ def page(results: Sequence[Result], mutations: Mapping[str, Sequence[Mutation]] 
                                      trim_blocks=True, lstrip_blocks=True)
     environment.filters["path"] = lambda value: Markup(escape(value).replace(".", Markup(".<wbr>")))
     environment.filters["number"] = lambda value: "" if value is None else number(value)
-    injected = [(name, list(found)) for name, found in (mutations or {}).items() if found]
-    held = all(case["held"] for case in cases) and all(item.held for _, found in injected for item in found)
+    injected = [(name, [(heading, kills.Kills.of(part), kills.matrix(part)) for heading, part in kills.parts(found)])
+                for name, found in (mutations or {}).items()]
+    held = all(case["held"] for case in cases) and all(item.held for found in (mutations or {}).values() for item in found)
     return environment.get_template("report.html.j2").render(
         title=title, cases=cases, tiers=tiers, held=held, mutations=injected, policies=_policies(cases), schema=SCHEMA, rules=RULES)
 

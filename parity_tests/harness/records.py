@@ -46,10 +46,11 @@ def to_json(results: Sequence[Result], totals: Sequence[str] = (), mutations: Ma
     """Results as JSON: schema name, verdict, everything that was measured, one line of totals for each, and the mutations of cases by name."""
     lines = [{"totals": line} for line in totals] or [{} for _ in results]
     cases = [{**plain(result), "held": result.held, **line} for result, line in zip(results, lines, strict=True)]
-    record: dict[str, Any] = {"schema": SCHEMA, "held": bool(results) and all(result.held for result in results), "cases": cases}
+    record: dict[str, Any] = {"schema": SCHEMA, "held": all(result.held for result in results), "cases": cases}
     if mutations:
         record["mutations"] = {name: [{**plain(item), "held": item.held} for item in found] for name, found in mutations.items()}
         record["held"] = record["held"] and all(item.held for found in mutations.values() for item in found)
+    record["held"] = record["held"] and bool(results or mutations)
     return json.dumps(record, allow_nan=False, separators=(",", ":"))
 
 

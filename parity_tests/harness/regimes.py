@@ -17,10 +17,12 @@ import numpy as np
 from . import tree
 
 AS_IS = "as is"
+PLANTED = "one NaN"
 FLOAT_TRANSFORMS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "x 1e-3": lambda x: x * 1e-3,
     "+ 100": lambda x: x + 100.0,
     "one-hot": lambda x: one_hot(x),
+    PLANTED: lambda x: one_nan(x),
 }
 
 
@@ -52,12 +54,13 @@ class Regime:
 STANDARD = (
     Regime(AS_IS),
     Regime("carried state", carried=True),
-    *(Regime(name, transform=name) for name in FLOAT_TRANSFORMS),
+    *(Regime(name, transform=name) for name in FLOAT_TRANSFORMS if name != PLANTED),
     Regime("repeated token", transform="repeated token"),
     *(Regime(f"length {length}", length=length) for length in (1, 2, 63, 100)),
     *(Regime(f"batch {batch}", batch=batch) for batch in (1, 2, 3)),
 )
-BY_NAME = {regime.name: regime for regime in STANDARD}
+# where a NaN spreads to depends on the order of the sums (0 x NaN in a masked product), so a case has to ask for it
+BY_NAME = {regime.name: regime for regime in (*STANDARD, Regime(PLANTED, transform=PLANTED))}
 
 
 def one_hot(array: np.ndarray) -> np.ndarray:
@@ -67,6 +70,13 @@ def one_hot(array: np.ndarray) -> np.ndarray:
     rows = np.zeros((array.size // array.shape[-1], array.shape[-1]), array.dtype)
     rows[np.arange(len(rows)), np.arange(len(rows)) % array.shape[-1]] = 1.0
     return rows.reshape(array.shape)
+
+
+def one_nan(array: np.ndarray) -> np.ndarray:
+    """NaN in the middle of the first entry of the first axis, the other entries as they are."""
+    spoiled = array.copy()
+    spoiled[(0, *(size // 2 for size in array.shape[1:]))] = np.nan
+    return spoiled
 
 
 def transformed(regime: Regime, value: Any, time_axis: int = 1) -> Any:

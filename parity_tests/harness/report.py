@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from . import records
+from . import kills, records
 from .battery import Result
 from .compare import Check
 from .locate import number
@@ -87,16 +87,21 @@ def terminal(result: Result, console: Console, *, table: bool = True) -> None:
 
 
 def mutations_table(found: Sequence[Mutation], console: Console) -> None:
-    """Print what became of every injected bug."""
-    table = Table("mutation", "detected", "located at", "by", "cosine alone", box=None, pad_edge=False)
-    for item in found:
-        place = item.located or "(model)"
-        where = f"[green]{escape(place)}[/]" if item.held else f"[red]{escape(place)}, expected {escape(item.expected)}[/]"
-        table.add_row(escape(item.name), "yes" if item.detected else "[red]no[/]", where if item.detected else "-", item.tier or "-",
-                      f"{'notices' if item.cosine_alone else 'blind'} ({item.cosine:.6f})")
-    console.print(table)
-    console.print(f"{sum(item.held for item in found)} of {len(found)} detected and located; cosine >= 0.99 alone notices "
-                  f"{sum(item.cosine_alone for item in found)}")
+    """Print the kill matrix, what was not seen while tuning apart, each with its totals."""
+    for heading, part in kills.parts(found):
+        if heading:
+            console.print(heading)
+        table = Table(Column("mutation", overflow="fold"), "noticed", Column("located at", overflow="fold"), "by", "rules", "cosine alone",
+                      Column("looks like", overflow="fold"), box=None, pad_edge=False)
+        for row in kills.matrix(part):
+            item, place = row.item, escape(row.item.located or "(model)")
+            where = f"[green]{place}[/]" if item.held else f"[red]{place}, expected {escape(item.expected or '(model)')}[/]"
+            family = escape(item.diagnosis.family if item.diagnosis is not None else "") or "-"
+            table.add_row(escape(item.name), "yes" if item.detected else "[bold red]no[/]", where if item.detected else "-", escape(item.tier) or "-",
+                          row.numbers or "-", f"{'notices' if item.cosine_alone else 'blind'} {item.cosine:.6f}",
+                          family if item.named is not False else f"[yellow]{family}[/], expected {escape(' or '.join(item.families))}")
+        console.print(table)
+        console.print(str(kills.Kills.of(part)), soft_wrap=True)
 
 
 def to_json(results: Sequence[Result], mutations: Mapping[str, Sequence[Mutation]] | None = None) -> str:

@@ -15,7 +15,7 @@ from .records import ReportError
 
 
 def read(files: Sequence[Path]) -> tuple[list[Result], dict[str, list[Mutation]]]:
-    """Results and mutations of report files. Raises ReportError naming the file that is none, or when there is no result in any."""
+    """Results and mutations of report files. Raises ReportError naming the file that is none, or when there is neither in any."""
     results: list[Result] = []
     mutations: dict[str, list[Mutation]] = {}
     for path in files:
@@ -29,7 +29,7 @@ def read(files: Sequence[Path]) -> tuple[list[Result], dict[str, list[Mutation]]
             raise ReportError(f"{path}: expected JSON in UTF-8, found {error.reason}") from error
         except ReportError as error:
             raise ReportError(f"{path}: {error}") from error
-    if not results:
+    if not results and not mutations:
         raise ReportError(f"{', '.join(map(str, files))}: expected at least one case, found none")
     return results, mutations
 

@@ -68,6 +68,10 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture) -> None:
     (["report", "cases.py"], "cases.py: expected a report of schema parity-report/1, found no JSON"),
     (["report", "new.json", "wrong.json"], "wrong.json: cases[0]: expected an object (Result), found 3"),
     (["report", "empty.json"], "empty.json: expected at least one case, found none"),
+    (["mutate"], "the following arguments are required: CASE"),
+    (["mutate", "cases.py:good"], "case 'good' has no injectors: give it some by Case(injectors=...)"),
+    (["mutate", "cases.py:good", "cases.py:good"], "cases to mutate need names of their own, found good, good"),
+    (["mutate", "cases.py:good", "--json", "no/such/file.json"], "--json no/such/file.json: the folder no/such does not exist"),
     (["report", "bytes.json"], "bytes.json: expected JSON in UTF-8"),
     (["report", "new.json", "--html", "no/such/page.html"], "--html no/such/page.html: the folder no/such does not exist"),
     (["report", "new.json", "--html", "."], "--html . cannot be written: Is a directory"),
@@ -77,3 +81,47 @@ def test_user_errors_are_one_line_and_exit_2(place: Path, capsys: pytest.Capture
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("parity: ") and error.count("\n") == 1
+
+
+BUGS = CASES + '''
+from parity_tests.harness import Injector
+
+def scaled(by, **more):
+    return Injector(f"w x {by}", "", weights=lambda weights, fresh: {"w": by * weights["w"]}, **more)
+
+mutated = Case("mutated", engine, engine, inputs, trajectory=None, injectors=(scaled(1.5, families=("setting",)), scaled(2.0, unseen=True)))
+survived = Case("survived", engine, engine, inputs, trajectory=None, injectors=(scaled(1.0 + 1e-13), scaled(3.0)))
+wrong = Case("wrong", engine, lambda: engine(1e-6), inputs, trajectory=None, injectors=(scaled(3.0),))
+elsewhere = Case("elsewhere", engine, engine, inputs, trajectory=None, injectors=(Injector("w x 2", "inside", weights=scaled(2.0).weights),))
+'''
+
+
+def test_bugs_that_are_killed(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "bugs.py").write_text(BUGS)
+    assert main(["mutate", "bugs.py:mutated", "--json", "few.json"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("injected bugs: mutated\n") and "w x 1.5" in out and "w x 2.0" not in out
+    assert "killed 1 of 1, located 1 of 1, named right 0 of 1; cosine >= 0.99 alone notices 0 of 1" in out
+    assert main(["mutate", "bugs.py:mutated", "--unseen", "--json", "all.json", "--html", "all.html"]) == 0
+    seen, apart = capsys.readouterr().out.split("not seen while tuning\n")
+    assert "w x 1.5" in seen and "w x 2.0" not in seen and "w x 2.0" in apart
+    found = report.mutations_from_json((place / "all.json").read_text())["mutated"]
+    assert [(item.name, item.held, item.unseen, item.named) for item in found] == [("w x 1.5", True, False, False), ("w x 2.0", True, True, None)]
+    assert json.loads((place / "all.json").read_text())["held"] is True
+    assert main(["report", "all.json", "--html", "again.html"]) == 0
+    assert (place / "again.html").read_text().replace("Parity report", "Injected bugs") == (place / "all.html").read_text()
+
+
+@pytest.mark.parametrize(("case", "words"), [
+    ("survived", "killed 1 of 2, located 1 of 2"), ("elsewhere", "killed 1 of 1, located 0 of 1"),
+])
+def test_a_survivor_and_a_wrong_place_are_failures(place: Path, capsys: pytest.CaptureFixture, case: str, words: str) -> None:
+    (place / "bugs.py").write_text(BUGS)
+    assert main(["mutate", f"bugs.py:{case}", "--json", "found.json"]) == 1
+    assert words in capsys.readouterr().out and json.loads((place / "found.json").read_text())["held"] is False
+
+
+def test_bugs_in_a_candidate_that_is_wrong_without_them_are_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "bugs.py").write_text(BUGS)
+    assert main(["mutate", "bugs.py:wrong"]) == 2
+    assert "case 'wrong' does not hold without a mutation: parts at the whole model" in capsys.readouterr().err

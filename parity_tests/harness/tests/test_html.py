@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.harness import charts, report, summaries
+from parity_tests.harness.explain import Diagnosis
 from parity_tests.harness.html import TEMPLATES, page
 from parity_tests.harness.locate import number
 from parity_tests.harness.mutate import Mutation
@@ -173,7 +174,7 @@ def test_what_is_not_a_number_is_shown_and_breaks_nothing() -> None:
     assert Page(text).table("module")["blocks.0.norm"][3] == "nan" and paths and not any("nan" in path or "inf" in path for path in paths)
     only_nan = replace(made, series=[replace(line, candidate=[math.nan], reference=[math.nan]) for line in made.series])
     assert "<h3>Training</h3>" in page([only_nan]) and page([replace(made, tiers=[], series=[])])
-    with pytest.raises(ValueError, match="at least one result"):
+    with pytest.raises(ValueError, match="at least one result or mutation"):
         page([])
 
 
@@ -190,12 +191,22 @@ def test_earlier_results_are_the_history_of_the_newest() -> None:
 
 
 def test_injected_bugs_are_a_table() -> None:
-    found = Mutation("gelu", "a.b", "a.b", True, "forced", ("2 meaning",), 0.999999, False, "")
+    found = Mutation("gelu", "a.b", "a.b", True, "forced", ("2 meaning", "10 cosine"), 0.9, True, "",
+                     diagnosis=Diagnosis("gelu", "tanh for erf", 0.0, 3), families=("gelu",))
+    astray = Mutation("bias", "a.d", "a", True, "free", ("2 meaning",), 1.0, False, "", families=("missing bias",))
     missed = Mutation("eps", "a.c", "", False, "", (), 1.0, False, "")
-    read = Page(page([synthetic.result()], {"made": [found, missed]}))
+    later = Mutation("later", "a.b", "a.b", True, "splits", ("5 splits",), 1.0, False, "", unseen=True)
+    read = Page(page([], {"made": [found, astray, missed, later]}))
     rows = read.table("mutation")
-    assert list(rows) == ["eps", "gelu"] and rows["eps"][:2] == ["no", "-"] and "blind" in rows["gelu"]
-    assert "1 of 2 detected and located" in " ".join(read.words)
+    assert list(rows) == ["eps", "bias", "gelu"]  # survivors first, then what was located elsewhere
+    assert rows["eps"][:3] == ["no", "-", "-"] and "blind" in rows["eps"] and rows["gelu"][-3:] == ["notices", "0.900000", "tanh for erf"]
+    assert rows["bias"][1] == "a, expected a.d" and rows["bias"][-1] == "-, expected missing bias"
+    marks = {name: [place + 1 for place, cell in enumerate(row[3:13]) if cell] for name, row in rows.items()}
+    assert marks == {"eps": [], "bias": [2], "gelu": [2, 10]}
+    words = " ".join(" ".join(read.words).split())
+    assert "killed 2 of 3, located 1 of 3, named right 1 of 2; cosine >= 0.99 alone notices 1 of 3" in words
+    apart = [table for table in read.tables if table[0][0] == "mutation"][1]
+    assert [row[0] for row in apart[1:]] == ["later"] and words.count("Not seen while tuning killed 1 of 1") == 1
 
 
 def test_the_templates_belong_to_the_package() -> None:

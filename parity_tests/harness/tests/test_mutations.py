@@ -6,12 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("flax")
 
+from flax import nnx
+
 from parity_tests.harness.adapters import nnx_injectors as bugs
+from parity_tests.harness.adapters import nnx_injectors_more as more
 from parity_tests.harness.case import CaseError
 from parity_tests.harness.mutate import Injector, run_mutations
 from parity_tests.harness.plugin import mutation_tests
@@ -59,10 +63,36 @@ INJECTORS = (
 
 
 # the default bounds, under which a variance computed in one pass is rounding and not meaning
-CASE = replace(toy.CASE, bounds=(), regimes=("as is", "carried state", "+ 100"))
+CASE = replace(toy.CASE, bounds=(), regimes=("as is", "carried state", "+ 100", "one NaN"))
+FURTHER = (
+    more.embedding_scale("embedding"),
+    more.embedding_scale_dtype("embedding"),
+    more.clamped_index("embedding", 9),
+    more.exchanged("blocks.0.cell.write.kernel", "blocks.1.cell.write.kernel"),
+    more.loaded_twice("blocks.1.cell.write.kernel", "blocks.0.cell.write.kernel"),
+    more.wrong_weight_row("blocks.0.up.kernel", 3),
+    more.coarse_weight("blocks.1.down.kernel"),
+    more.wrong_head("blocks.0.heads", 3),
+    more.tf32_matmul("blocks.0.heads.project"),
+    more.cast_before_the_scale("blocks.1.norm"),
+    more.ddof("norm_out"),
+    more.nan_to_zero("blocks.1.norm"),
+    more.kept_gradient("blocks.1.cell"),
+    more.clipped_after_the_moments(),
+)
+REST = (
+    more.wrong_row("blocks.1.cell.read", 1),
+    more.coarse_input("blocks.0.down"),
+    more.epsilon_outside("blocks.0.norm"),
+    more.dropout_left_on("blocks.0.down"),
+    more.dropped_ragged_token("blocks.1.cell", 4),
+    more.written_in_place("blocks.0.cell", "step"),
+    more.coupled_decay(),
+    more.epsilon_in_the_root(),
+    more.no_bias_correction(),
+)
 
-
-found, test_detected_and_located = mutation_tests((CASE, INJECTORS))
+found, test_detected_and_located = mutation_tests((CASE, (*INJECTORS, *FURTHER)), more=((CASE, REST),))
 
 
 def test_cosine_alone_is_blind_to_most(found: dict) -> None:
@@ -88,8 +118,41 @@ def test_the_diagnosis_names_the_family(found: dict) -> None:
                 "tanh gelu": "gelu", "state dropped": "state dropped", "state stale": "state stale", "state taken": "state early",
                 "state in bfloat16": "low precision", "extra stop_gradient": "gradient stopped", "tied weights": "untied",
                 "optimiser weight_decay": "optimiser weight_decay", "softmax over": "axis"}
-    named = {item.name: item.diagnosis and item.diagnosis.family for item in found.values()}
+    named = {injector.name: found[injector.name].diagnosis and found[injector.name].diagnosis.family for injector in INJECTORS}
     assert {name: next(family for start, family in expected.items() if name.startswith(start)) for name in named} == named
+
+
+def test_the_tier_that_notices_what_no_forward_pass_shows(found: dict) -> None:
+    late = {item.name: item.tier for item in found.values() if item.name in {injector.name for injector in FURTHER} and item.tier != "forced"}
+    assert late == {more.kept_gradient("blocks.1.cell").name: "gradients", more.clipped_after_the_moments().name: "optimiser"}
+
+
+def test_a_bug_that_raises_is_refused() -> None:
+    def boom(*_: object) -> object:
+        raise IndexError("out of range")
+
+    with pytest.raises(CaseError, match="computes nothing wrong, it raises: the candidate raised IndexError: out of range"):
+        run_mutations(replace(CASE, regimes=("as is",)), (bugs.changed_module("boom", "norm_out", around=boom),), healthy=False)
+
+
+def test_a_convolution_padded_on_the_other_side_sees_the_future() -> None:
+    layer = nnx.Conv(3, 3, 4, padding="CAUSAL", feature_group_count=3, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 7, 3)).astype(np.float32)
+    patch, = more.padded_on_the_other_side("conv").patches
+    padded = np.pad(x, ((0, 0), (0, 3), (0, 0)))
+    expected = sum(padded[:, tap : tap + 7] * np.asarray(layer.kernel[...])[tap, 0] for tap in range(4)) + np.asarray(layer.bias[...])
+    np.testing.assert_allclose(patch.around(layer, layer, (x,), {}), expected, rtol=0, atol=1e-5)  # float32 sums of four products of order 1
+
+
+@pytest.mark.parametrize(("leaf", "other", "words"), [
+    ("a.kernel", "b.kernel", "must have one shape to change places, found \\(3, 5\\) and \\(5, 3\\)"),
+    ("a.kernel", "c.kernel", "names leaf 'c.kernel', which the candidate does not have"),
+])
+def test_leaves_that_cannot_change_places_are_refused(leaf: str, other: str, words: str) -> None:
+    weights = {"a.kernel": np.ones((3, 5)), "b.kernel": np.ones((5, 3))}
+    for make in (more.exchanged, more.loaded_twice):
+        with pytest.raises(ValueError, match=words):
+            make(leaf, other).weights(weights, {})
 
 
 def test_nothing_to_inject_is_refused() -> None:
