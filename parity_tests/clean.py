@@ -33,7 +33,7 @@ from parity_tests import sources
 from parity_tests.clean_cases import MODELS, made
 from parity_tests.harness import Battery, Case, locate, provenance, tiers_more
 from parity_tests.harness.candidate import Candidate
-from parity_tests.harness.case import CaseError, raised
+from parity_tests.harness.case import raised
 from parity_tests.harness.compare import EPS, Check
 from parity_tests.harness.policy import applied
 from parity_tests.harness.recording import Recording
@@ -87,9 +87,10 @@ class Examined:
             battery = self.battery(case, (model, seed))
             checks = checks_of(battery, (*CORE, *late(number, self.thorough)))
             failed = [check for check in checks if not check.held]
-            entry |= {"regimes": [regime.name for regime in battery.recording.regimes], "checks": len(checks), "failed": len(failed)}
+            entry |= {"regimes": [regime.name for regime in battery.recording.regimes], "checks": len(checks), "failed": len(failed),
+                      "dtypes": list(case.dtypes)}
             entry |= {"alarm": locate.sentence(checks, battery.input_errors) if failed else "", **measured(checks)}
-        except CaseError as error:
+        except Exception as error:  # a configuration that cannot be run is an alarm like any other, and the next one is independent of it
             entry |= {"checks": 0, "failed": 1, "alarm": raised(error)}
         return entry | {"cpu_seconds": round(_cpu() - before, 2), "seconds": round(time.monotonic() - started, 2)}
 
@@ -98,11 +99,12 @@ class Examined:
         if self.held is None or self.held[0] != key:
             self.release()
             battery = Battery(case)
-            if battery.candidate is not None:
-                self.held = (key, battery.candidate)
-            return battery
-        recording = Recording(case)
-        return Battery(case, recording=recording, candidate=self.held[1].beside(recording))
+        else:
+            recording = Recording(case)
+            battery = Battery(case, recording=recording, candidate=self.held[1].beside(recording))
+        if battery.candidate is not None:
+            self.held = (key, battery.candidate)
+        return battery
 
     def release(self) -> None:
         """Give back what was compiled."""
@@ -239,6 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{model}: {found['configurations']} configurations, {found['checks']} checks, {found['alarms']} alarms, "
                       f"{found['cpu_seconds']} CPU seconds", markup=False)
     write(arguments.output, record)
+    from parity_tests import histograms  # with matplotlib, which a single configuration need not wait for
+
+    histograms.save(record, arguments.output)
     console.print(f"written to {arguments.output}", markup=False, soft_wrap=True)
     return 1 if any(entry["alarm"] for entry in entries) else 0
 

@@ -1,0 +1,1 @@
+def save(record, path): pass
