@@ -133,7 +133,7 @@ def measured(checks: Iterable[Check]) -> dict[str, Any]:
         if check.value <= 4.0 * EPS[check.dtype]:
             under[check.dtype] += 1
             continue
-        multiple = check.value / check.own_error if check.own_error > 0.0 else math.inf
+        multiple = check.value / check.own_error if check.own_error > 0.0 and math.isfinite(check.value) else math.inf
         largest[check.dtype] = max(float(f"{multiple:.4g}"), largest.get(check.dtype, 0.0))
         multiples.setdefault(check.dtype, Counter())[bin_of(multiple)] += 1
     return {"worst": worst, "multiples": {dtype: {str(low): found[low] for low in sorted(found)} for dtype, found in multiples.items()},
