@@ -216,7 +216,8 @@ def _forced_rounding(battery: Battery, recording: Recording, regime: Regime, lay
     if regime.on_floats and _overflows(layer.outputs, own):  # the regime's numbers, not the model's
         battery.note(f"rounding, {layer.path} under {regime.name}: not compared, the reference itself leaves the range of {place.dtype}")
         return []
-    return rounded(place, layer.outputs, own, battery.candidate.call(layer, place.dtype), battery.bounds)
+    return rounded(place, layer.outputs, own, battery.candidate.call(layer, place.dtype), battery.bounds,
+                   lambda: recording.neighbours(layer, place.dtype))
 
 
 def _overflows(oracle: Any, own: Any) -> bool:
