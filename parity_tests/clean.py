@@ -88,7 +88,7 @@ class Examined:
             checks = checks_of(battery, (*CORE, *late(number, self.thorough)))
             failed = [check for check in checks if not check.held]
             entry |= {"regimes": [regime.name for regime in battery.recording.regimes], "checks": len(checks), "failed": len(failed),
-                      "dtypes": list(case.dtypes)}
+                      "dtypes": list(case.dtypes), "rules": sorted({check.rule for check in checks})}
             entry |= {"alarm": locate.sentence(checks, battery.input_errors) if failed else "", **measured(checks)}
         except Exception as error:  # a configuration that cannot be run is an alarm like any other, and the next one is independent of it
             entry |= {"checks": 0, "failed": 1, "alarm": raised(error)}

@@ -152,11 +152,11 @@ LAYER_BOUNDS = (
 )
 
 
-def delta_bounds(impl: str) -> tuple[Bound, ...]:
-    """LAYER_BOUNDS, and what the chunks of the port may lose against the recurrence."""
+def delta_bounds(impl: str, rule: str) -> tuple[Bound, ...]:
+    """LAYER_BOUNDS, and what the chunks of the port may lose against the recurrence of the plain rule."""
     reason = ("the offset makes queries and keys parallel and beta one, so that a read cancels the state that was erased, and the norm of the heads "
               "scales up what is left: the recurrence keeps a digit more there than torch's own chunks, and two more than the port's (125 times)")
-    cancelling = [("*delta", "+ 100"), ("", "+ 100, end to end")] if impl == "recurrent" else []
+    cancelling = [("*delta", "+ 100"), ("", "+ 100, end to end")] if (impl, rule) == ("recurrent", "plain") else []
     return (*LAYER_BOUNDS, *(Bound(512.0, reason, on="float32", where=where, regime=regime) for where, regime in cancelling))
 
 
@@ -203,7 +203,7 @@ def encoder(
         inputs=sentences(config, batch, length),
         leaves=rule_leaves("blocks.*.delta."),
         regimes=regimes,
-        bounds=delta_bounds(impl),
+        bounds=LAYER_BOUNDS,
         not_forced=INSIDE_THE_RULE,
         unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
         sizes={"batch": batch, "length": length, "vocab": config.vocab_size, "dim": config.dim, "heads": config.heads, "head_dim": config.head_dim,
@@ -238,7 +238,7 @@ def layer(
         call=(call, call),
         leaves=rule_leaves("") if hierarchical else {},
         regimes=regimes,
-        bounds=delta_bounds(impl),
+        bounds=delta_bounds(impl, choices["rule"]),
         not_forced=INSIDE_THE_RULE if hierarchical else {},
         unobservable={"o_norm.gate": "kept for layers without an output gate"} if choices.get("output_gate", True) else {},
         sizes={"batch": batch, "length": length, "dim": dim, "heads": heads, "head_dim": width, "chunk": chunk},
@@ -266,7 +266,7 @@ def deltanet_lm(
         states=StateProtocol(initial=states, detached=True, split_length=split),
         trajectory=Trajectory(lr=3e-3),
         loss=(torch_loss, jax_loss),
-        bounds=delta_bounds(impl),
+        bounds=delta_bounds(impl, "plain"),
         unpaired={"lm_head": "the port ties its head by attending to the embedding"},
         unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
         sizes={"batch": batch, "length": length, "vocab": config.vocab_size, "dim": config.dim, "heads": config.heads,

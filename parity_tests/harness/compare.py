@@ -127,14 +127,14 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds,
     Allowed: max(factor x own error, floor x eps x RMS of the oracle), all as RMS. Discrete leaves are compared where the reference's own
     choice does not depend on the precision (the margin is large enough), and are not compared elsewhere.
     `neighbours` gives further pairs (oracle, own) on inputs a few roundings away. They are asked for where the error is too large: a reference
-    that happens to hit its few values nearly exactly is no measure, and the largest of its errors around there is.
+    that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is.
     """
     left, middle, right = _arrays(oracle), _arrays(own), _arrays(candidate)
     checks = _wrong_names(place, left, right)
     if checks:
         return checks
     rule, on = (3, "float32") if place.dtype == "float32" else (4, "half")
-    around: list[tuple[Any, ...]] = []
+    around: list[tuple[Any, ...]] | None = None
     for name, expected in left.items():
         try:
             found = measure(expected, right[name].astype(np.float64) if expected.dtype.kind == "f" and right[name].dtype.kind == "f" else right[name],
@@ -164,9 +164,10 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds,
             continue
         check = _band(place, name, found, reference.error_rms, bounds, rule, on)
         if not check.held and neighbours is not None:
-            around = around or [tuple(map(_arrays, pair)) for pair in neighbours()]
+            around = [tuple(map(_arrays, pair)) for pair in neighbours()] if around is None else around
             errors = [measure(near[name], low[name].astype(np.float64), check_dtype=False).error_rms for near, low in around]
-            check = _band(place, name, found, max([reference.error_rms, *filter(math.isfinite, errors)]), bounds, rule, on)
+            typical = float(np.median(errors)) if errors else 0.0
+            check = _band(place, name, found, max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms, bounds, rule, on)
         checks.append(check)
         checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
     return checks

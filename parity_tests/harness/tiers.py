@@ -199,7 +199,7 @@ def rounding(battery: Battery) -> list[Check]:
                     return [failed(place, 1, f"the reference cannot be run in {dtype}, leave it out of dtypes: {error}", quantity="a result")]
                 found = battery.free_run(regime, dtype).outputs
                 over_time(battery, regime, place, oracle.outputs, found, own)
-                return rounded(place, oracle.outputs, own, found, battery.bounds)
+                return rounded(place, oracle.outputs, own, found, battery.bounds, lambda: recording.neighbours(regime, dtype))
 
             checks += guarded(place, battery, compare)
     return checks
@@ -217,7 +217,7 @@ def _forced_rounding(battery: Battery, recording: Recording, regime: Regime, lay
         battery.note(f"rounding, {layer.path} under {regime.name}: not compared, the reference itself leaves the range of {place.dtype}")
         return []
     return rounded(place, layer.outputs, own, battery.candidate.call(layer, place.dtype), battery.bounds,
-                   lambda: recording.neighbours(layer, place.dtype))
+                   lambda: recording.neighbours(regime, place.dtype, layer))
 
 
 def _overflows(oracle: Any, own: Any) -> bool:

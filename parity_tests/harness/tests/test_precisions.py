@@ -17,6 +17,7 @@ from flax import nnx
 from parity_tests.harness import tree
 from parity_tests.harness.battery import Battery
 from parity_tests.harness.case import Case
+from parity_tests.harness.recording import Recording
 from parity_tests.harness.regimes import BY_NAME
 
 WIDTH = 7
@@ -49,7 +50,7 @@ CASE = Case("norm", Normed, NormedTwin, inputs, regimes=("as is", "+ 100"), dtyp
 
 
 def test_every_precision_has_values_of_its_own_grid() -> None:
-    """On the few values of bfloat16 the mean of a row near 100 was often exact in torch's float32, and no measure of what the port may err."""
+    """On the few values of bfloat16 sums of float32 are exact now and then, and an error of zero is no measure of what the port may err."""
     battery = Battery(CASE)
     recording, half = battery.recording, battery.recording.within("bfloat16")
     assert recording.within("float32") is recording.within("float64") is recording and recording.within("bfloat16") is half
@@ -62,10 +63,8 @@ def test_every_precision_has_values_of_its_own_grid() -> None:
     assert np.array_equal(battery.candidate.adapter("bfloat16").arrays()["norm.scale"], half.weights["norm.weight"])
 
 
-@pytest.mark.parametrize("seed", range(20, 26))
-def test_a_healthy_norm_holds_in_all_precisions(seed: int) -> None:
-    """Of seeds like these one in six gave an alarm as long as float32 was compared on the values of bfloat16."""
-    tier = Battery(replace(CASE, seed=seed)).tier("rounding")
+def test_a_healthy_norm_holds_in_all_precisions() -> None:
+    tier = Battery(CASE).tier("rounding")
     assert tier.held, tier.sentence
     assert {(check.dtype, check.regime.partition(",")[0]) for check in tier.checks} == {
         ("float32", "as is"), ("float32", "+ 100"), ("bfloat16", "as is")}
@@ -76,6 +75,17 @@ def test_a_one_pass_variance_is_still_found_beside_bfloat16() -> None:
     tier = battery.tier("rounding")
     assert not tier.held and {(check.dtype, check.rule) for check in tier.checks if not check.held} == {("float32", 3)}
     assert "variance computed in one pass" in tier.sentence
+
+
+@pytest.mark.parametrize("seed", [2267, 4565])
+def test_a_reference_that_is_right_by_luck_is_no_measure(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 12,000 seeds on whose rows near 100 torch errs 24 and 27 times less than the port."""
+    case = replace(CASE, seed=seed, dtypes=("float64", "float32"))
+    tier = Battery(case).tier("rounding")
+    assert tier.held, tier.sentence
+    monkeypatch.setattr(Recording, "neighbours", lambda *_: [])
+    alarms = {(check.where, check.regime): check.value / check.own_error for check in Battery(case).tier("rounding").checks if not check.held}
+    assert alarms.keys() == {("norm", "+ 100"), ("", "+ 100, end to end")} and min(alarms.values()) > 20
 
 
 def test_no_offset_of_100_in_half_precision() -> None:
