@@ -7,14 +7,14 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from parity_tests import clean, clean_cases, histograms, sources
 from parity_tests.harness import lint
-from parity_tests.harness.compare import Place, rounded
 from parity_tests.harness.bounds import Bounds
+from parity_tests.harness.compare import Place, rounded
 
 SEEDS = {"grounded_mamba": 1, "lam": 1, "wavecore": 1}
 
@@ -81,8 +81,8 @@ def test_what_is_measured_of_a_configuration() -> None:
 class Stub:
     """Stands for `Examined`: counts what is asked for, and gives an alarm for the number that it is told."""
 
-    asked: list[tuple[str, int]] = []
-    alarm: int | None = None
+    asked: ClassVar[list[tuple[str, int]]] = []
+    alarm: ClassVar[int | None] = None
 
     def __init__(self, **_: Any) -> None: ...
 
