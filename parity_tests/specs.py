@@ -44,10 +44,18 @@ BOUNDS = (
 )
 
 
-def inputs(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
-    """Random token ids (B, L)."""
-    shape = (BATCH if batch is None else batch, LENGTH if length is None else length)
-    return {"input_ids": np.random.default_rng(seed).integers(0, DEFAULT.vocab_size, shape)}
+def token_ids(vocab: int, batch: int = BATCH, length: int = LENGTH) -> Callable[..., dict[str, np.ndarray]]:
+    """Random token ids (B, L) of a seed, `batch` sequences of `length` tokens unless said otherwise."""
+    own = (batch, length)
+
+    def draw(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
+        shape = tuple(size if given is None else given for given, size in zip((batch, length), own, strict=True))
+        return {"input_ids": np.random.default_rng(seed).integers(0, vocab, shape)}
+
+    return draw
+
+
+inputs = token_ids(DEFAULT.vocab_size)
 
 
 def leaves(config: GroundedMambaConfig) -> dict[str, Callable[..., np.ndarray]]:
@@ -104,7 +112,8 @@ def jax_loss(outputs: tuple[Any, ...], inputs: dict[str, Any]) -> jax.Array:
 
 
 def grounded_mamba(
-    name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None, split: int = 17, also: Mapping[str, Any] | None = None
+    name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None, split: int = 17, *, batch: int = BATCH, length: int = LENGTH,
+    chunk: int = 6, impl: str = "chunked", also: Mapping[str, Any] | None = None,
 ) -> Case:
     """torch's chunked form against the NNX port, layer by layer and end to end, 50 AdamW steps with the bank written every 10th.
 
@@ -112,9 +121,9 @@ def grounded_mamba(
     """
     return Case(
         name=name,
-        reference=lambda: TorchGroundedMamba(config, chunk_size=6),
-        candidate=lambda: JaxGroundedMamba(config, chunk_size=6, rngs=nnx.Rngs(0)),
-        inputs=inputs,
+        reference=lambda: TorchGroundedMamba(config, impl=impl, chunk_size=chunk),
+        candidate=lambda: JaxGroundedMamba(config, chunk_size=chunk, rngs=nnx.Rngs(0)),
+        inputs=token_ids(config.vocab_size, batch, length),
         ties={"lm_head.weight": "embedding.weight"},
         leaves=leaves(config),
         regimes=regimes,
@@ -127,7 +136,7 @@ def grounded_mamba(
         not_forced={"*.state_norm": "its weights are read by the scan, which normalises inside its loop"},
         unobservable={} if config.gate == "learned" else {"blocks.*.gate_proj.*": "kept in the fixed mode, where the gate is a constant"},
         sizes={
-            "batch": BATCH, "length": LENGTH, "vocab": config.vocab_size, "dim": config.dim, "ssm_dim": config.ssm_dim,
+            "batch": batch, "length": length, "vocab": config.vocab_size, "dim": config.dim, "ssm_dim": config.ssm_dim,
             "heads": config.rwkv_heads, "head_dim": config.head_dim,
         } | ({"slots": config.memory_size, "retrieval_heads": config.retrieval_heads, "retrieval_dim": config.dim // config.retrieval_heads,
               "rows": config.memory_writes} if config.memory_size else {}),
@@ -142,6 +151,16 @@ LAYER_BOUNDS = (
     Bound(1e-11, "a split only changes the order of float64 sums", on="splits"),
     Bound(1e-10, "the way back through the chunks loses another digit", on="gradients"),
 )
+
+
+def delta_bounds(impl: str, rule: str) -> tuple[Bound, ...]:
+    """LAYER_BOUNDS, and what the chunks of the port may lose against the recurrence of the plain rule."""
+    reason = ("the offset makes queries and keys parallel and beta one, so that a read cancels the state that was erased, and the norm of the heads "
+              "scales up what is left: the recurrence keeps a digit more there than torch's own chunks, and two more than the port's (125 times)")
+    cancelling = [("*delta", "+ 100"), ("", "+ 100, end to end")] if (impl, rule) == ("recurrent", "plain") else []
+    return (*LAYER_BOUNDS, *(Bound(512.0, reason, on="float32", where=where, regime=regime) for where, regime in cancelling))
+
+
 INSIDE_THE_RULE = {
     "*.token_flux*": "its weights are read by the rule, which computes the flux before it cuts into chunks",
     "*.chunk_flux*": "its weights are read by the rule, which computes the flux from the means of a chunk",
@@ -154,16 +173,15 @@ def right_padded(batch: int, length: int) -> np.ndarray:
     return (np.arange(length) < lengths[:, None]).astype(np.int64)
 
 
-def sentences(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
-    """Random token ids (B, L) and their masks."""
-    rng, shape = np.random.default_rng(seed), (BATCH if batch is None else batch, LENGTH if length is None else length)
-    return {"input_ids": rng.integers(0, LAM.vocab_size, shape), "attention_mask": right_padded(*shape)}
+def sentences(config: LamConfig, batch: int = BATCH, length: int = LENGTH) -> Callable[..., dict[str, np.ndarray]]:
+    """Random token ids (B, L) of a seed, and their masks."""
+    ids = token_ids(config.vocab_size, batch, length)
 
+    def draw(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
+        given = ids(seed, batch, length)
+        return given | {"attention_mask": right_padded(*given["input_ids"].shape)}
 
-def features(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
-    """Random features (B, L, D) and masks."""
-    rng, shape = np.random.default_rng(seed), (BATCH if batch is None else batch, LENGTH if length is None else length)
-    return {"x": rng.normal(size=(*shape, LAM.dim)), "mask": right_padded(*shape) != 0}
+    return draw
 
 
 def rule_leaves(prefix: str) -> dict[str, Callable[..., np.ndarray]]:
@@ -176,75 +194,87 @@ def rule_leaves(prefix: str) -> dict[str, Callable[..., np.ndarray]]:
     }
 
 
-def encoder(name: str, regimes: tuple[str, ...] | None = None, also: Mapping[str, Any] | None = None) -> Case:
+def encoder(
+    name: str, regimes: tuple[str, ...] | None = None, config: LamConfig = LAM, *, batch: int = BATCH, length: int = LENGTH, impl: str = "recurrent",
+    also: Mapping[str, Any] | None = None,
+) -> Case:
     """LAM, padded batches: one chunk after another in torch against all chunks at once in the port. More tokens than positions at length 63."""
     return Case(
         name=name,
-        reference=lambda: TorchLAM(LAM, impl="recurrent"),
-        candidate=lambda: JaxLAM(LAM, rngs=nnx.Rngs(0)),
-        inputs=sentences,
+        reference=lambda: TorchLAM(config, impl=impl),
+        candidate=lambda: JaxLAM(config, rngs=nnx.Rngs(0)),
+        inputs=sentences(config, batch, length),
         leaves=rule_leaves("blocks.*.delta."),
         regimes=regimes,
         bounds=LAYER_BOUNDS,
         also=also or {},
         not_forced=INSIDE_THE_RULE,
         unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
-        sizes={"batch": BATCH, "length": LENGTH, "vocab": LAM.vocab_size, "dim": LAM.dim, "heads": LAM.heads, "head_dim": LAM.head_dim,
-               "ffn": LAM.ffn_dim, "positions": LAM.max_positions, "chunk": LAM.chunk_size},
+        sizes={"batch": batch, "length": length, "vocab": config.vocab_size, "dim": config.dim, "heads": config.heads, "head_dim": config.head_dim,
+               "ffn": config.ffn_dim, "positions": config.max_positions, "chunk": config.chunk_size},
     )
 
 
-def layer(name: str, regimes: tuple[str, ...] | None = None, **choices: Any) -> Case:
-    """One centred DeltaNetLayer from given states, with the choices that LAM and DeltaNetLM leave out."""
-    kinds = ("S_fast", "S_slow") if choices["rule"] == "hierarchical" else ("S",)
+def layer(
+    name: str, regimes: tuple[str, ...] | None = None, *, dim: int = LAM.dim, heads: int = LAM.heads, chunk: int = 6, batch: int = BATCH,
+    length: int = LENGTH, impl: str = "recurrent", **choices: Any,
+) -> Case:
+    """One DeltaNetLayer from given states, with the choices that LAM and DeltaNetLM leave out."""
+    hierarchical, width, kernel, sizes = choices["rule"] == "hierarchical", dim // heads, choices.get("conv_kernel", 4), (batch, length)
+    head = (heads, width, width)
+    shapes = {"S_fast": head, "S_slow": head} if hierarchical else {"S": head}
+    if choices.get("conv") == "causal":
+        shapes |= {f"conv_{x}": (kernel - 1, dim) for x in "qkv"}
 
     def draw(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, np.ndarray]:
-        given = features(seed, batch, length)
-        head = (len(given["x"]), LAM.heads, LAM.head_dim, LAM.head_dim)
-        states = {kind: np.random.default_rng([seed, i]).normal(size=head) for i, kind in enumerate(kinds)}
-        return (given if "S_fast" in kinds else {"x": given["x"]}) | states
+        shape = tuple(size if given is None else given for given, size in zip((batch, length), sizes, strict=True))
+        given = {"x": np.random.default_rng(seed).normal(size=(*shape, dim))} | ({"mask": right_padded(*shape) != 0} if hierarchical else {})
+        return given | {kind: np.random.default_rng([seed, i]).normal(size=(shape[0], *size)) for i, (kind, size) in enumerate(shapes.items())}
 
     def call(module: Any, inputs: dict[str, Any], _: Any) -> Any:
-        return module(inputs["x"], inputs.get("mask"), {kind: inputs[kind] for kind in kinds})
+        return module(inputs["x"], inputs.get("mask"), {kind: inputs[kind] for kind in shapes})
 
     return Case(
         name=name,
-        reference=lambda: torch_deltanet.DeltaNetLayer(LAM.dim, LAM.heads, chunk_size=6, impl="recurrent", **choices),
-        candidate=lambda: jax_deltanet.DeltaNetLayer(LAM.dim, LAM.heads, chunk_size=6, **choices, rngs=nnx.Rngs(0)),
+        reference=lambda: torch_deltanet.DeltaNetLayer(dim, heads, chunk_size=chunk, impl=impl, **choices),
+        candidate=lambda: jax_deltanet.DeltaNetLayer(dim, heads, chunk_size=chunk, **choices, rngs=nnx.Rngs(0)),
         inputs=draw,
         call=(call, call),
-        leaves=rule_leaves("") if "S_fast" in kinds else {},
+        leaves=rule_leaves("") if hierarchical else {},
         regimes=regimes,
-        bounds=LAYER_BOUNDS,
-        not_forced=INSIDE_THE_RULE if "S_fast" in kinds else {},
+        bounds=delta_bounds(impl, choices["rule"]),
+        not_forced=INSIDE_THE_RULE if hierarchical else {},
         unobservable={"o_norm.gate": "kept for layers without an output gate"} if choices.get("output_gate", True) else {},
-        sizes={"batch": BATCH, "length": LENGTH, "dim": LAM.dim, "heads": LAM.heads, "head_dim": LAM.head_dim, "chunk": 6},
+        sizes={"batch": batch, "length": length, "dim": dim, "heads": heads, "head_dim": width, "chunk": chunk},
     )
 
 
-def deltanet_lm(name: str, regimes: tuple[str, ...] | None = None) -> Case:
+def deltanet_lm(
+    name: str, regimes: tuple[str, ...] | None = None, config: DeltaNetConfig = DELTANET, *, split: int = 17, batch: int = BATCH,
+    length: int = LENGTH, impl: str = "recurrent",
+) -> Case:
     """The causal model: token after token in torch against the port's chunks, streams split anywhere."""
     def states(seed: int, batch: int) -> list[dict[str, np.ndarray]]:
-        rng, config = np.random.default_rng(seed), DELTANET
+        rng = np.random.default_rng(seed)
         shapes = {f"conv_{x}": (batch, config.conv_kernel - 1, config.dim) for x in "qkv"}
         shapes |= {"S": (batch, config.heads, config.head_dim, config.head_dim)}
         return [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(config.depth)]
 
     return Case(
         name=name,
-        reference=lambda: torch_deltanet.DeltaNetLM(DELTANET, impl="recurrent"),
-        candidate=lambda: jax_deltanet.DeltaNetLM(DELTANET, rngs=nnx.Rngs(0)),
-        inputs=inputs,
+        reference=lambda: torch_deltanet.DeltaNetLM(config, impl=impl),
+        candidate=lambda: jax_deltanet.DeltaNetLM(config, rngs=nnx.Rngs(0)),
+        inputs=token_ids(config.vocab_size, batch, length),
         ties={"lm_head.weight": "embedding.weight"},
         regimes=regimes,
-        states=StateProtocol(initial=states, detached=True),
+        states=StateProtocol(initial=states, detached=True, split_length=split),
         trajectory=Trajectory(lr=3e-3),
         loss=(torch_loss, jax_loss),
-        bounds=LAYER_BOUNDS,
+        bounds=delta_bounds(impl, "plain"),
         unpaired={"lm_head": "the port ties its head by attending to the embedding"},
         unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
-        sizes={"batch": BATCH, "length": LENGTH, "vocab": DELTANET.vocab_size, "dim": DELTANET.dim, "heads": DELTANET.heads,
-               "head_dim": DELTANET.head_dim, "ffn": DELTANET.ffn_dim, "kernel": DELTANET.conv_kernel},
+        sizes={"batch": batch, "length": length, "vocab": config.vocab_size, "dim": config.dim, "heads": config.heads,
+               "head_dim": config.head_dim, "ffn": config.ffn_dim, "kernel": config.conv_kernel},
     )
 
 
@@ -256,7 +286,7 @@ LANGUAGE_FULL = [
     grounded_mamba("grounded_mamba", DEFAULT, also=specs_voters.grounded_mamba(DEFAULT)),
     grounded_mamba("groundthink", VARIANTS["groundthink"], split=8, also=specs_voters.grounded_mamba(VARIANTS["groundthink"])),
     encoder("lam", ("as is", "+ 100", "repeated token", "length 1", "length 63"),
-            specs_voters.lam(LAM) | {"torch, chunked": lambda: TorchLAM(LAM, impl="chunked")}),
+            also=specs_voters.lam(LAM) | {"torch, chunked": lambda: TorchLAM(LAM, impl="chunked")}),
     deltanet_lm("deltanet_lm", ("as is", "carried state", "+ 100", "repeated token", "length 1", "length 63")),
 ]
 LANGUAGE = [

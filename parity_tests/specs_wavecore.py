@@ -40,11 +40,15 @@ BOUNDS = (
 )
 
 
-def port(config: SizedWaveCoreConfig) -> JaxWaveCore:
-    """The port with zeros for weights, which the harness replaces: to draw them would cost a compilation for every shape."""
-    shapes = nnx.eval_shape(lambda: JaxWaveCore(config, config.obs_dim, config.action_dim, config.output_dim, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(shapes)
+def unfilled(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The module with zeros for weights, which the harness replaces: to draw them would cost a compilation for every shape."""
+    graph, state = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state))
+
+
+def port(config: SizedWaveCoreConfig) -> JaxWaveCore:
+    """The port, its weights zeros."""
+    return unfilled(lambda: JaxWaveCore(config, config.obs_dim, config.action_dim, config.output_dim, rngs=nnx.Rngs(0)))
 
 
 def leaves(config: SizedWaveCoreConfig) -> dict[str, Callable[..., np.ndarray]]:
@@ -94,6 +98,11 @@ def rolled_loss(outputs: tuple[Any, ...], _: dict[str, Any]) -> Any:
     return sum(((x - 0.3) ** 2).mean() for x in seen if x is not None)
 
 
+def alone(config: SizedWaveCoreConfig) -> dict[str, str]:
+    """What changes nothing where there is a single level."""
+    return {"cms_read.mixing.*": "the softmax over one level is one"} if config.num_levels == 1 else {}
+
+
 def sizes(config: SizedWaveCoreConfig, batch: int, length: int | None = None) -> dict[str, int]:
     """Every axis by name; that of two or four levels is left out, which is a power of two by its meaning."""
     named = {"batch": batch} | ({"length": length} if length else {})
@@ -130,6 +139,7 @@ def rollout(
         states=StateProtocol(axis=0, initial=lazy(config), split_length=split),
         trajectory=Trajectory(length=3),
         bounds=BOUNDS,
+        unobservable=alone(config),
         sizes=sizes(config, batch, length),
     )
 
@@ -167,6 +177,7 @@ def step(
         regimes=regimes,
         trajectory=Trajectory(),
         bounds=BOUNDS,
+        unobservable=alone(config),
         sizes=sizes(config, batch),
     )
 

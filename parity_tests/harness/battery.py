@@ -208,9 +208,9 @@ class Battery:
             self._runs[key] = self.candidate.adapter(dtype).run(*args, **kwargs)
         return self._runs[key]
 
-    def states(self, regime: Regime) -> Any:
+    def states(self, regime: Regime, dtype: str = "float64") -> Any:
         """The state handed to the candidate under a regime: the reference's, in the containers of the candidate's own."""
-        given = self.recording.states(regime)
+        given = self.recording.within(dtype).states(regime)
         if given is not None:
             with contextlib.suppress(Exception):  # a candidate that cannot run is reported where it runs
                 return tree.like(self.recording.state_of(self.free_run(self.recording.plain()[0]).outputs), given)
@@ -225,7 +225,7 @@ class Battery:
     def _free_arguments(self, regime: Regime, dtype: str) -> tuple[tuple, dict]:
         # the plain run in low precision is compiled as in use, since optimisation decides its rounding
         quick = dtype == "float64" or regime.name != AS_IS
-        return (self.recording.inputs(regime), self.states(regime)), {"tap": dtype == "float64", "quick": quick}
+        return (self.recording.within(dtype).inputs(regime), self.states(regime, dtype)), {"tap": dtype == "float64", "quick": quick}
 
     def matched(self, reference: Run, candidate: Run) -> Iterator[tuple[Call, Call]]:
         """Calls of both runs that belong together: the same module, called equally often."""

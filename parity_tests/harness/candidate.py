@@ -86,6 +86,21 @@ class Candidate:
         # the outputs keep the Forced object, so that its id is not used again
         return (forced.path, id(forced), dtype, self.adapter(dtype).identity(self.path(forced.path)))
 
+    def beside(self, recording: Recording) -> Candidate:
+        """The same candidate with the weights of another recording of the same model, sharing what was compiled. Raises TypeError when the
+        candidate compiles nothing."""
+        if self.kind not in COMPILED:
+            raise TypeError(f"a candidate of kind {self.kind} shares nothing: make another")
+        other = object.__new__(Candidate)
+        other.__dict__.update(self.__dict__)
+        other.case, other.recording, other.trajectory = recording.case, recording, recording.case.trajectory
+        other.weights = self.map.to_candidate(recording.weights)
+        other.adapters = {dtype: adapter.twin(()) for dtype, adapter in self.adapters.items()}
+        for adapter in other.adapters.values():
+            adapter.case = recording.case
+            adapter.load(other.weights)
+        return other
+
     def mutated(self, weights: Mapping[str, np.ndarray], patches: tuple, trajectory: Trajectory | None, salt: Any) -> Candidate:
         """A twin with other weights, patched modules or another trajectory. Raises TypeError when the candidate cannot be patched."""
         if patches and self.kind not in COMPILED:

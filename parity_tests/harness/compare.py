@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,18 +120,25 @@ def _cosine(place: Place, name: str, found: Measure, bounds: Bounds) -> list[Che
                   place.order, found)]
 
 
-def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds) -> list[Check]:
+def rounded(
+    place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds, neighbours: Callable[[], list[tuple[Any, Any]]] | None = None,
+    excused: Callable[[str], None] | None = None,
+) -> list[Check]:
     """Compare a candidate in low precision against the float64 oracle, with the reference's own error in that precision as the measure.
 
     Allowed: max(factor x own error, floor x eps x RMS of the oracle), all as RMS. Discrete leaves are compared where the reference's own
     choice does not depend on the precision (the margin is large enough), and are not compared elsewhere. Values that leave the range of the
     precision in the reference itself are left out, and the check says how many: nothing measures the candidate there.
+    `neighbours` gives further pairs (oracle, own) on inputs a few roundings away. They are asked for where the error is too large: a reference
+    that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is.
+    `excused` is called with the name of a leaf of which the reference has no finite value; without it, such a leaf is a failure.
     """
     left, middle, right = _arrays(oracle), _arrays(own), _arrays(candidate)
     checks = _wrong_names(place, left, right)
     if checks:
         return checks
     rule, on = (3, "float32") if place.dtype == "float32" else (4, "half")
+    around: list[tuple[Any, ...]] | None = None
     for name, expected in left.items():
         lost = _lost(expected, middle[name], right[name])
         try:
@@ -148,13 +155,23 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds)
                                     0.0, "the reference makes the same choice in both precisions", "values that differ", "", place.order, found))
             continue
         if not np.isfinite(middle[name]).any():
+            if excused is not None:
+                excused(name)
+                continue
             checks.append(failed(place, 1, f"the reference itself gives no finite value in {place.dtype}: nothing can be compared; leave out the "
                                  "regime or the precision", name, "finite values"))
             continue
         if not math.isfinite(found.relative_l2) and found.note:
             checks.append(failed(place, 1, found.note, name, "finite values"))
             continue
-        checks.append(_band(place, name, found, reference, bounds, rule, on, int(lost.sum())))
+        check = _band(place, name, found, reference.error_rms, bounds, rule, on, int(lost.sum()))
+        if not check.held and neighbours is not None:
+            around = [tuple(map(_arrays, pair)) for pair in neighbours()] if around is None else around
+            errors = [measure(*(_wide(pair[name], lost, expected) for pair in pairs), check_dtype=False).error_rms for pairs in around]
+            typical = float(np.median(errors)) if errors else 0.0
+            own_error = max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms
+            check = _band(place, name, found, own_error, bounds, rule, on, int(lost.sum()))
+        checks.append(check)
         checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
     return checks
 
@@ -174,16 +191,16 @@ def _wide(value: np.ndarray, lost: np.ndarray, oracle: np.ndarray) -> np.ndarray
     return np.where(lost, 0.0, wide) if lost.any() else wide
 
 
-def _band(place: Place, name: str, found: Measure, reference: Measure, bounds: Bounds, rule: int, on: str, lost: int = 0) -> Check:
+def _band(place: Place, name: str, found: Measure, own: float, bounds: Bounds, rule: int, on: str, lost: int = 0) -> Check:
     factor, floor = (bounds.find(quantity, place.where, place.regime) for quantity in (on, "floor"))
-    allowed = max(factor.value * reference.error_rms, floor.value * EPS[place.dtype] * found.reference_rms)
+    allowed = max(factor.value * own, floor.value * EPS[place.dtype] * found.reference_rms)
     scale = found.reference_rms if found.reference_rms > 0.0 else 1.0
     held = found.error_rms <= allowed
     reason = f"{factor.value:g} x the reference's own error: {factor.reason}"
     if lost:
         reason += f"; {lost} of {found.count} values are not finite in the reference's own {place.dtype} and are left out"
     return Check(place.tier, rule, place.where, name, place.regime, place.dtype, held, found.error_rms / scale, allowed / scale,
-                 reason, f"{place.dtype} error", "", place.order, found, reference.error_rms / scale)
+                 reason, f"{place.dtype} error", "", place.order, found, own / scale)
 
 
 def bound_check(place: Place, name: str, value: float, bound: Bound, rule: int, quantity: str) -> Check:

@@ -110,8 +110,8 @@ def _fresh(battery: Battery) -> dict[str, np.ndarray]:
     return made
 
 
-def _subject(battery: Battery, path: str, args: tuple, kwargs: dict, call: Callable[[tuple, dict], Any], axes: Axes) -> repairs.Subject:
-    recording = battery.recording
+def _subject(battery: Battery, recording: Recording, path: str, args: tuple, kwargs: dict, call: Callable[[tuple, dict], Any],
+             axes: Axes) -> repairs.Subject:
     right = frozenset()
     if recording.kind != "callable" and battery.candidate.kind != "callable":
         # the first layer to part is spoken of, and what it calls ended before it
@@ -125,7 +125,7 @@ def _subject(battery: Battery, path: str, args: tuple, kwargs: dict, call: Calla
 def _layer(battery: Battery, check: Check, regime: Regime) -> Forced | None:
     """The call of the layer that is farthest off."""
     worst, found = -1.0, None
-    for layer in battery.recording.forced(regime):
+    for layer in battery.recording.within(check.dtype).forced(regime):
         if layer.path == check.where:
             left, right = _leaves(layer.outputs).get(check.leaf), _leaves(battery.candidate.call(layer, check.dtype)).get(check.leaf)
             if left is not None and right is not None and left.shape == right.shape:
@@ -146,9 +146,10 @@ def _forced(battery: Battery, check: Check) -> Evidence | None:
     if layer is None:
         return None
     axes = _axes(battery, regime)
-    call = lambda args, kwargs: battery.recording.adapter("float64").call(layer.path, args, kwargs)  # noqa: E731
+    recording = battery.recording.within(check.dtype)
+    call = lambda args, kwargs: recording.adapter("float64").call(layer.path, args, kwargs)  # noqa: E731
     return Evidence(_leaves(layer.outputs), _leaves(battery.candidate.call(layer, check.dtype)), check.leaf, axes, check.dtype,
-                    _given(layer.args, layer.kwargs), _subject(battery, layer.path, layer.args, layer.kwargs, call, axes))
+                    _given(layer.args, layer.kwargs), _subject(battery, recording, layer.path, layer.args, layer.kwargs, call, axes))
 
 
 def _free(battery: Battery, check: Check) -> Evidence | None:
@@ -156,7 +157,7 @@ def _free(battery: Battery, check: Check) -> Evidence | None:
     regime = next((item for item in battery.recording.regimes if item.name == check.regime), BY_NAME.get(check.regime))
     if regime is None:
         return None
-    recording, axes = battery.recording, _axes(battery, regime)
+    recording, axes = battery.recording.within(check.dtype), _axes(battery, regime)
     reference, candidate = recording.run(regime), battery.free_run(regime, check.dtype)
     if check.where:
         calls = list(battery.matched(reference, candidate))
@@ -168,12 +169,12 @@ def _free(battery: Battery, check: Check) -> Evidence | None:
                 if wrong:
                     args, _ = _whole(recording, regime)
                     return Evidence(left, right, wrong[0], axes, check.dtype, _given(args, {}), _subject(
-                        battery, "", args, {}, lambda given, _, call=call: _received(recording, regime, given, call), axes))
+                        battery, recording, "", args, {}, lambda given, _, call=call: _received(recording, regime, given, call), axes))
                 return Evidence(_leaves(call.outputs), _leaves(other.outputs), check.leaf, axes, check.dtype, _given(call.args, call.kwargs))
         return None
     args, call = _whole(recording, regime)
     return Evidence(_leaves(reference.outputs), _leaves(candidate.outputs), check.leaf, axes, check.dtype, _given(args, {}),
-                    _subject(battery, "", args, {}, call, axes))
+                    _subject(battery, recording, "", args, {}, call, axes))
 
 
 def _whole(recording: Recording, regime: Regime, tap: bool = False) -> tuple[tuple, Callable[[tuple, dict], Any]]:
@@ -210,7 +211,7 @@ def _norm(battery: Battery, check: Check) -> Finding | None:
     layer = None if node is None or node.layer not in NORMS or regime is None else _layer(battery, check, regime)
     if layer is None or not layer.args or not isinstance(layer.args[0], np.ndarray):
         return None
-    held = battery.recording.weights
+    held = battery.recording.within(check.dtype).weights
     return one_pass_variance(_leaves(layer.outputs)[check.leaf], _leaves(battery.candidate.call(layer, check.dtype))[check.leaf].astype(np.float64),
                              layer.args[0], weight=held.get(f"{check.where}.weight"), bias=held.get(f"{check.where}.bias"), dtype=check.dtype)
 
@@ -247,7 +248,7 @@ def _gradients(battery: Battery, check: Check) -> Diagnosis | None:
     if check.leaf not in expected or check.leaf not in found:
         return None
     axes = _axes(battery, regime)
-    evidence = Evidence(expected, found, check.leaf, axes, "float64", {}, _subject(battery, path, args, kwargs, again, axes))
+    evidence = Evidence(expected, found, check.leaf, axes, "float64", {}, _subject(battery, battery.recording, path, args, kwargs, again, axes))
     wrong = evidence.differing
     if all(not np.any(found[leaf]) for leaf in wrong):
         return Diagnosis("gradient stopped", "a gradient stopped: zero where the reference's is not", 0.0, 0)

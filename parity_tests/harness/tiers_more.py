@@ -24,13 +24,23 @@ NOISE = Bound(16.0, "a gradient that is zero in exact arithmetic is rounding of 
 
 def gradients(battery: Battery) -> list[Check]:
     """Gradients by name, float64: of every layer by itself, then of the whole model, with and without a carried state."""
+    _start_gradients(battery)
+    return layer_gradients(battery) + whole_gradients(battery)
+
+
+def _start_gradients(battery: Battery) -> None:
     recording, candidate, seed = battery.recording, battery.candidate, battery.case.seed
-    checks: list[Check] = []
     for regime in recording.plain():
         candidate.start("float64", "gradients", lambda regime=regime: ((recording.inputs(regime), battery.states(regime), seed), {}))
         for layer in recording.forced(regime):
             if candidate.path(layer.path) is not None:
                 candidate.start("float64", "call_gradients", lambda layer=layer: ((*candidate.arguments(layer), seed), {}))
+
+
+def layer_gradients(battery: Battery) -> list[Check]:
+    """Gradients of every layer by itself, once for each plain regime."""
+    recording, candidate, seed = battery.recording, battery.candidate, battery.case.seed
+    checks: list[Check] = []
     for regime in recording.plain():
         battery.progress(f"gradients of layers: {regime.name}")
         seen = set()
@@ -47,6 +57,13 @@ def gradients(battery: Battery) -> list[Check]:
                 return _gradients(battery, place, left, right, strict=battery.case.adapt is None)
 
             checks += guarded(place, battery, compare)
+    return checks
+
+
+def whole_gradients(battery: Battery) -> list[Check]:
+    """Gradients of the loss end to end, with and without a carried state."""
+    recording, candidate, seed = battery.recording, battery.candidate, battery.case.seed
+    checks: list[Check] = []
     for regime in recording.plain():
         battery.progress(f"gradients end to end: {regime.name}")
         place = Place("gradients", "", f"{regime.name}, end to end", "float64", battery.position(""))
