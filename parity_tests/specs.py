@@ -1,4 +1,4 @@
-"""Our models as cases of the harness: the only file, with specs_wavecore.py, that knows both torch_impl and jax_impl.
+"""Our models as cases of the harness: the only file, with specs_wavecore.py and specs_voters.py, that knows both torch_impl and jax_impl.
 
 Every variant is a tiny model whose axes all have different sizes, none a power of two or a square, with random weights and, where it has
 a bank, slots that were written a different number of times. `parity run` without arguments runs CASES.
@@ -7,7 +7,7 @@ a bank, slots that were written a different number of times. `parity run` withou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 from jax_impl import deltanet as jax_deltanet
 from jax_impl.grounded_mamba import GroundedMamba as JaxGroundedMamba
 from jax_impl.lam import LAM as JaxLAM
-from parity_tests import specs_wavecore
+from parity_tests import specs_voters, specs_wavecore
 from parity_tests.harness import Bound, Case, StateProtocol, Trajectory
 from torch_impl import deltanet as torch_deltanet
 from torch_impl.grounded_mamba import GroundedMamba as TorchGroundedMamba
@@ -103,7 +103,9 @@ def jax_loss(outputs: tuple[Any, ...], inputs: dict[str, Any]) -> jax.Array:
     return entropy + sum(jnp.square(s).mean() for state in outputs[1] for s in state.values())
 
 
-def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None, split: int = 17) -> Case:
+def grounded_mamba(
+    name: str, config: GroundedMambaConfig, regimes: tuple[str, ...] | None = None, split: int = 17, also: Mapping[str, Any] | None = None
+) -> Case:
     """torch's chunked form against the NNX port, layer by layer and end to end, 50 AdamW steps with the bank written every 10th.
 
     `regimes` None runs them all. `split` tokens are split everywhere: 17 are three chunks.
@@ -121,6 +123,7 @@ def grounded_mamba(name: str, config: GroundedMambaConfig, regimes: tuple[str, .
         loss=(torch_loss, jax_loss),
         bounds=BOUNDS,
         unpaired={"lm_head": "the port ties its head by attending to the embedding"},
+        also=also or {},
         not_forced={"*.state_norm": "its weights are read by the scan, which normalises inside its loop"},
         unobservable={} if config.gate == "learned" else {"blocks.*.gate_proj.*": "kept in the fixed mode, where the gate is a constant"},
         sizes={
@@ -172,7 +175,7 @@ def rule_leaves(prefix: str) -> dict[str, Callable[..., np.ndarray]]:
     }
 
 
-def encoder(name: str, regimes: tuple[str, ...] | None = None) -> Case:
+def encoder(name: str, regimes: tuple[str, ...] | None = None, also: Mapping[str, Any] | None = None) -> Case:
     """LAM, padded batches: one chunk after another in torch against all chunks at once in the port. More tokens than positions at length 63."""
     return Case(
         name=name,
@@ -182,6 +185,7 @@ def encoder(name: str, regimes: tuple[str, ...] | None = None) -> Case:
         leaves=rule_leaves("blocks.*.delta."),
         regimes=regimes,
         bounds=LAYER_BOUNDS,
+        also=also or {},
         not_forced=INSIDE_THE_RULE,
         unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
         sizes={"batch": BATCH, "length": LENGTH, "vocab": LAM.vocab_size, "dim": LAM.dim, "heads": LAM.heads, "head_dim": LAM.head_dim,
@@ -248,8 +252,10 @@ def deltanet_lm(name: str, regimes: tuple[str, ...] | None = None) -> Case:
 # costs a compilation.
 SOME = ("as is", "carried state", "+ 100")
 LANGUAGE_FULL = [
-    grounded_mamba("grounded_mamba", DEFAULT), grounded_mamba("groundthink", VARIANTS["groundthink"], split=8),
-    encoder("lam", ("as is", "+ 100", "repeated token", "length 1", "length 63")),
+    grounded_mamba("grounded_mamba", DEFAULT, also=specs_voters.grounded_mamba(DEFAULT)),
+    grounded_mamba("groundthink", VARIANTS["groundthink"], split=8, also=specs_voters.grounded_mamba(VARIANTS["groundthink"])),
+    encoder("lam", ("as is", "+ 100", "repeated token", "length 1", "length 63"),
+            specs_voters.lam(LAM) | {"torch, chunked": lambda: TorchLAM(LAM, impl="chunked")}),
     deltanet_lm("deltanet_lm", ("as is", "carried state", "+ 100", "repeated token", "length 1", "length 63")),
 ]
 LANGUAGE = [

@@ -6,7 +6,7 @@ states start where they are hard: s and p near the limit of 10, the memory partl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 
 from conf.models import SizedWaveCoreConfig, WaveCoreConfig
 from jax_impl.wavecore import WaveCore as JaxWaveCore
+from parity_tests import specs_voters
 from parity_tests.harness import Bound, Case, StateProtocol, Trajectory
 from torch_impl.wavecore import WaveCore as TorchWaveCore
 
@@ -143,7 +144,9 @@ def stepped(module: Any, inputs: dict[str, Any], _: Any) -> tuple[Any, ...]:
     return y, info | {"written": written}
 
 
-def step(name: str, config: SizedWaveCoreConfig, batch: int, regimes: tuple[str, ...] = ("as is", "+ 100")) -> Case:
+def step(
+    name: str, config: SizedWaveCoreConfig, batch: int, regimes: tuple[str, ...] = ("as is", "+ 100"), also: Mapping[str, Any] | None = None
+) -> Case:
     """One call with eight arguments, from states near their limit."""
 
     def draw(seed: int) -> dict[str, np.ndarray]:
@@ -159,6 +162,7 @@ def step(name: str, config: SizedWaveCoreConfig, batch: int, regimes: tuple[str,
         candidate=lambda: port(config),
         inputs=draw,
         call=(stepped, stepped),
+        also=also or {},
         leaves=leaves(config),
         regimes=regimes,
         trajectory=Trajectory(),
@@ -170,7 +174,7 @@ def step(name: str, config: SizedWaveCoreConfig, batch: int, regimes: tuple[str,
 FULL = [rollout("wavecore", DEFAULT, ("as is", "carried state"))]
 CASES = [
     *FULL,
-    step("wavecore_step", STATE3, batch=5),
-    step("wavecore_linear_step", LINEAR, batch=3),
+    step("wavecore_step", STATE3, batch=5, also=specs_voters.wavecore_step(STATE3)),
+    step("wavecore_linear_step", LINEAR, batch=3, also=specs_voters.wavecore_step(LINEAR)),
     rollout("wavecore_linear", LINEAR, ("as is", "carried state"), batch=3, length=7, split=3),
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import diagnose, lint, locate, provenance, tiers, tiers_more, tree, voting
+from . import diagnose, lint, lint_source, locate, provenance, tiers, tiers_more, tree, voting
 from .adapters.base import Call, Gradients, Run, Trained, Unsupported
 from .bounds import Bounds
 from .candidate import Candidate
@@ -167,13 +167,14 @@ class Battery:
         found = lint.sizes(self.case.sizes)
         if self.candidate is not None:
             with applied(self.policy, self.kinds):
-                found += lint.defaults(self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules(),
-                                       self.candidate.path)
+                modules = self.recording.adapter("float64").modules(), self.candidate.adapter("float64").modules()
+                found += lint.defaults(*modules, self.candidate.path) + lint_source.defaults(*(side.values() for side in modules))
         checks = [check for tier in done for check in tier.checks]
         first = locate.first(checks)
         looks = None if first is None else self._tiers[first.tier].diagnosis
+        words = locate.sentence(checks, self.input_errors, looks) if checks else "nothing was compared: no tier that was asked for applies"
         return Result(self.case.name, done, list(self.notes), found, described(self.policy, self.kinds, self.case.jit), dict(self.order),
-                      dict(self.input_errors), len(self.recording.leaves), locate.sentence(checks, self.input_errors, looks), looks,
+                      dict(self.input_errors), len(self.recording.leaves), words, looks,
                       meta=provenance.described(self.case), series=list(self.series))
 
     def done(self) -> tuple[str, ...]:

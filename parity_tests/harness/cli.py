@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="parity", description="Do a reference and a candidate compute the same thing, and if not, where do they part?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    case_help = "file.py:name or module:name; without one, [tool.parity] cases of the nearest pyproject.toml"
+    case_help = "file.py:name, module:name, or the name of one of the [tool.parity] cases of the nearest pyproject.toml; without one, all of these"
 
     run = commands.add_parser("run", help="run every tier of the cases and give the verdict")
     run.add_argument("cases", nargs="*", metavar="CASE", help=case_help)

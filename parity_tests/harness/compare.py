@@ -124,7 +124,8 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds)
     """Compare a candidate in low precision against the float64 oracle, with the reference's own error in that precision as the measure.
 
     Allowed: max(factor x own error, floor x eps x RMS of the oracle), all as RMS. Discrete leaves are compared where the reference's own
-    choice does not depend on the precision (the margin is large enough), and are not compared elsewhere.
+    choice does not depend on the precision (the margin is large enough), and are not compared elsewhere. Values that leave the range of the
+    precision in the reference itself are left out, and the check says how many: nothing measures the candidate there.
     """
     left, middle, right = _arrays(oracle), _arrays(own), _arrays(candidate)
     checks = _wrong_names(place, left, right)
@@ -132,10 +133,10 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds)
         return checks
     rule, on = (3, "float32") if place.dtype == "float32" else (4, "half")
     for name, expected in left.items():
+        lost = _lost(expected, middle[name], right[name])
         try:
-            found = measure(expected, right[name].astype(np.float64) if expected.dtype.kind == "f" and right[name].dtype.kind == "f" else right[name],
-                            check_dtype=False)
-            reference = measure(expected, middle[name].astype(np.float64) if expected.dtype.kind == "f" else middle[name], check_dtype=False)
+            found = measure(*(_wide(value, lost, expected) for value in (expected, right[name])), check_dtype=False)
+            reference = measure(*(_wide(value, lost, expected) for value in (expected, middle[name])), check_dtype=False)
             if middle[name].dtype.kind == "f" and middle[name].dtype != right[name].dtype:
                 raise MeasureError(f"dtype {right[name].dtype}, expected {middle[name].dtype}")
         except MeasureError as error:
@@ -150,22 +151,39 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds)
             checks.append(failed(place, 1, f"the reference itself gives no finite value in {place.dtype}: nothing can be compared; leave out the "
                                  "regime or the precision", name, "finite values"))
             continue
-        if not math.isfinite(found.relative_l2) and found.note and math.isfinite(reference.error_rms):
+        if not math.isfinite(found.relative_l2) and found.note:
             checks.append(failed(place, 1, found.note, name, "finite values"))
             continue
-        checks.append(_band(place, name, found, reference, bounds, rule, on))
+        checks.append(_band(place, name, found, reference, bounds, rule, on, int(lost.sum())))
         checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
     return checks
 
 
-def _band(place: Place, name: str, found: Measure, reference: Measure, bounds: Bounds, rule: int, on: str) -> Check:
+def _lost(oracle: np.ndarray, own: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Where the oracle is finite and the reference's own result in low precision is not."""
+    if not oracle.shape == own.shape == candidate.shape or not oracle.dtype.kind == own.dtype.kind == "f":
+        return np.zeros(oracle.shape, bool)
+    return np.isfinite(oracle) & ~np.isfinite(own)
+
+
+def _wide(value: np.ndarray, lost: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """Floats in float64 with zero in the places that count for none of the three sides; anything else as it is."""
+    if oracle.dtype.kind != "f" or value.dtype.kind != "f":
+        return value
+    wide = value.astype(np.float64)
+    return np.where(lost, 0.0, wide) if lost.any() else wide
+
+
+def _band(place: Place, name: str, found: Measure, reference: Measure, bounds: Bounds, rule: int, on: str, lost: int = 0) -> Check:
     factor, floor = (bounds.find(quantity, place.where, place.regime) for quantity in (on, "floor"))
     allowed = max(factor.value * reference.error_rms, floor.value * EPS[place.dtype] * found.reference_rms)
     scale = found.reference_rms if found.reference_rms > 0.0 else 1.0
     held = found.error_rms <= allowed
+    reason = f"{factor.value:g} x the reference's own error: {factor.reason}"
+    if lost:
+        reason += f"; {lost} of {found.count} values are not finite in the reference's own {place.dtype} and are left out"
     return Check(place.tier, rule, place.where, name, place.regime, place.dtype, held, found.error_rms / scale, allowed / scale,
-                 f"{factor.value:g} x the reference's own error: {factor.reason}", f"{place.dtype} error", "", place.order, found,
-                 reference.error_rms / scale)
+                 reason, f"{place.dtype} error", "", place.order, found, reference.error_rms / scale)
 
 
 def bound_check(place: Place, name: str, value: float, bound: Bound, rule: int, quantity: str) -> Check:

@@ -1,4 +1,4 @@
-"""Cases by name: `file.py:name`, `module:name`, or the `[tool.parity] cases` of the nearest pyproject.toml."""
+"""Cases by name: `file.py:name`, `module:name`, or the `[tool.parity] cases` of the nearest pyproject.toml, all or one by its own name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def configured(start: Path) -> list[str]:
     """`[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError when there is none."""
     path = nearest_pyproject(start)
     if path is None:
-        raise CaseError(f"no CASE was given, as file.py:name, and there is no pyproject.toml in {start} or above it that lists any")
+        raise CaseError(f"no CASE was given and there is no pyproject.toml in {start} or above it")
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
@@ -38,22 +38,24 @@ def configured(start: Path) -> list[str]:
 def load(spec: str, start: Path | None = None) -> list[Case]:
     """The cases that `file.py:name` or `module:name` stands for: a Case, a list of them, or a function that makes either.
 
-    Raises CaseError, in one line, for a file, module or name that does not exist, an import that fails, or anything that is no case.
+    A name without a colon is that of a case among the `[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError, in one line, for a
+    file, module or name that does not exist, an import that fails, or anything that is no case.
     """
     place, _, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}; {_known(_file(Path(spec), spec))}")
+    if ":" not in spec:
+        return [_registered(spec, start or Path.cwd())]
     if not place or not name:
-        found = _names(_file(Path(spec), spec)) if spec.endswith(".py") and Path(spec).is_file() else []
-        hint = f"; {spec} has {', '.join(f'{spec}:{name}' for name in found)}" if found else ""
-        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}{hint}")
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
     module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
-    known = _names(module)
-    told = f"its cases are {', '.join(known)}" if known else "it has no case, which is a variable that holds a parity_tests.harness.Case"
     if not hasattr(module, name):
-        raise CaseError(f"{place} has no {name!r}; {told}")
+        raise CaseError(f"{place} has no {name!r}; {_known(module)}")
     found = getattr(module, name)
     if callable(found) and not isinstance(found, (Case, type)):
         if _needs_arguments(found):
-            raise CaseError(f"{spec} is a function that needs arguments, expected a Case, a list of them, or a function that makes either; {told}")
+            raise CaseError(f"{spec} is a function that needs arguments, expected a Case, a list of them, or a function that makes either; "
+                            f"{_known(module)}")
         try:
             found = found()
         except (Exception, SystemExit) as error:
@@ -63,8 +65,23 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     return [found] if isinstance(found, Case) else list(found)
 
 
-def _names(module: Any) -> list[str]:
-    return sorted(key for key, value in vars(module).items() if _is_cases(value))
+def _known(module: Any) -> str:
+    found = sorted(key for key, value in vars(module).items() if _is_cases(value))
+    return f"its cases are {', '.join(found)}" if found else "it has no case, which is a variable that holds a parity_tests.harness.Case"
+
+
+def _registered(name: str, start: Path) -> Case:
+    try:
+        names = configured(start)
+    except CaseError as error:
+        raise CaseError(f"a case is named file.py:name or module:name, or by its own name where pyproject.toml lists it; found {name!r} and "
+                        f"{str(error).removeprefix('no CASE was given and ')}") from error
+    cases = [case for spec in names for case in load(spec, start)]
+    found = [case for case in cases if case.name == name]
+    if len(found) != 1:
+        raise CaseError(f"{len(found) or 'no'} cases of {', '.join(names)} are named {name!r}, expected one of "
+                        f"{', '.join(case.name for case in cases)} (or file.py:name, module:name)")
+    return found[0]
 
 
 def _needs_arguments(function: Any) -> bool:

@@ -39,11 +39,12 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Node:
-    """A module: its path, its kind of layer, and the settings the lint looks at."""
+    """A module: its path, its kind of layer, the settings the lint looks at, and its class, whose source the lint reads."""
 
     path: str
     layer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    cls: type | None = None
 
 
 @dataclass

@@ -97,7 +97,7 @@ class LinenAdapter(NNXAdapter):
 
     def modules(self) -> dict[str, Node]:
         """Every module that the model calls, by dotted path, the model itself under the empty path."""
-        return {path: Node(path, found.layer, found.settings) for path, found in self._found.items()}
+        return {path: Node(path, found.layer, found.settings, type(found.module)) for path, found in self._found.items()}
 
     def leaves(self) -> dict[str, Leaf]:
         """Every variable of every collection; those of `params` are what is trained."""

@@ -85,7 +85,7 @@ class NNXAdapter:
 
     def modules(self) -> dict[str, Node]:
         """Every module by dotted path, the model itself under the empty path; plain lists of modules are no modules."""
-        return {path: Node(path, _layer(module), {name: getattr(module, name) for name in SETTINGS if hasattr(module, name)})
+        return {path: Node(path, _layer(module), {name: getattr(module, name) for name in SETTINGS if hasattr(module, name)}, type(module))
                 for path, module in modules_of(self.model).items() if not isinstance(module, (nnx.List, nnx.Dict))}
 
     def leaves(self) -> dict[str, Leaf]:

@@ -89,7 +89,7 @@ class TorchAdapter:
 
     def modules(self) -> dict[str, Node]:
         """Every module by dotted path, the model itself under the empty path."""
-        return {path: Node(path, _layer(module), {name: getattr(module, name) for name in SETTINGS if hasattr(module, name)})
+        return {path: Node(path, _layer(module), {name: getattr(module, name) for name in SETTINGS if hasattr(module, name)}, type(module))
                 for path, module in self.module.named_modules()}
 
     def leaves(self) -> dict[str, Leaf]:

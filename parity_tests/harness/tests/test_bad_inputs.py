@@ -110,6 +110,22 @@ def test_a_precision_in_which_the_reference_itself_breaks() -> None:
     assert result.tiers[0].held and "the reference itself gives no finite value in float32: nothing can be compared" in result.sentence
 
 
+@pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (1.01, False)])
+def test_a_precision_in_which_the_reference_breaks_in_places(factor: float, holds: bool) -> None:
+    """One row leaves the range of float32 in the reference: the others are measured, and that row does not excuse them."""
+    def raised(y: np.ndarray) -> np.ndarray:
+        scale = np.ones(3, y.dtype)
+        scale[-1] = 1e30
+        return y * scale[:, None] * scale[:, None]
+
+    case = engines(raised, lambda y: raised(y) * (y.dtype.type(factor) if y.dtype == np.float32 else 1.0), dtypes=("float64", "float32"))
+    with np.errstate(over="ignore"):
+        result = run_case(case, tiers=["free", "rounding"])
+    wide, narrow = ([check for check in tier.checks if not check.where] for tier in result.tiers)
+    assert all(check.held for check in wide) and [check.held for check in narrow] == [holds]
+    assert "7 of 21 values are not finite in the reference's own float32 and are left out" in narrow[0].reason
+
+
 def test_integer_outputs_are_compared_and_train_nothing() -> None:
     case = replace(CASE, reference=lambda: Layer(lambda y: y.argmax(-1)), candidate=lambda: Twin(lambda y: y.argmax(-1)))
     battery = Battery(case)

@@ -246,7 +246,8 @@ def test_the_first_divergence_is_one_sentence() -> None:
     assert re.fullmatch(r"parts at blocks\.1\.norm: relative L2 \S+ \(allowed 1e-12\) on an input that agrees to \d\S*e-1[5-7]; "
                         r"looks like: eps 0\.001 for 1e-05 "
                         r"\[float64, forced, as is; rules? 2 meaning \(float64\).*\]", result.sentence), result.sentence
-    assert result.lint == ["blocks.1.norm: epsilon 0.001 in the candidate, 1e-05 in the reference (defaults: torch 1e-5, Flax 1e-6)"]
+    assert result.lint == ["blocks.1.norm: epsilon 0.001 in the candidate, 1e-05 in the reference (defaults: torch 1e-5, Flax 1e-6)",
+                           "an id outside the table raises in torch's Embedding and gives NaN in Flax's Embed: check ids before the model"]
 
 
 def test_unknown_tiers_are_refused() -> None:

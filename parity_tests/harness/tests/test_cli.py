@@ -65,8 +65,18 @@ def test_the_nearest_pyproject_lists_the_cases(place: Path, monkeypatch: pytest.
     assert "good: parity holds" in capsys.readouterr().out
 
 
+def test_a_case_by_its_own_name(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "pyproject.toml").write_text('[tool.parity]\ncases = ["cases.py:both"]\n')
+    assert main(["run", "good", "--tier", "free"]) == 0
+    assert "bad" not in capsys.readouterr().out
+    assert main(["run", "godd"]) == 2
+    assert f"no cases of {place / 'cases.py'}:both are named 'godd', expected one of good, bad" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["run", "cases.py"], "a case is named file.py:name or module:name, found 'cases.py'"),
+    (["run", "cases.py"], "a case is named file.py:name or module:name, found 'cases.py'; its cases are "),
+    (["run", ":good"], "a case is named file.py:name or module:name, found ':good'"),
+    (["run", "good"], "or by its own name where pyproject.toml lists it; found 'good' and there is no pyproject.toml"),
     (["run", "missing.py:good"], "missing.py does not exist"),
     (["run", "cases.py:better"], "cases.py has no 'better'; its cases are bad, good"),
     (["run", "cases.py:number"], "is int, expected a Case"),
