@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from .case import Case, CaseError, raised
+from .case import Case, CaseError, missing, raised
 
 
 def nearest_pyproject(start: Path) -> Path | None:
@@ -115,7 +115,7 @@ def _file(path: Path, spec: str) -> Any:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a file that exits must not end the command as if all had held
         del sys.modules[name]
-        raise CaseError(f"{path} cannot be imported: {raised(error)}{_missing(error)}") from error
+        raise CaseError(f"{path} cannot be imported: {raised(error)}{missing(error)}") from error
     return module
 
 
@@ -133,17 +133,7 @@ def _module(name: str, spec: str, root: Path) -> Any:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}{_missing(error)}") from error
-
-
-def _missing(error: BaseException) -> str:
-    """What to do about a framework that is not there."""
-    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    extra = {"torch": "torch", "jax": "jax", "flax": "jax", "optax": "jax"}.get(name)
-    if extra is None:
-        return ""
-    return (f"; it comes with pip install 'groundwave[{extra}]', and a file that imports it inside the functions that make the models can be "
-            "checked against a golden file without it")
+        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}{missing(error)}") from error
 
 
 def _on_path(folder: Path) -> None:

@@ -122,7 +122,8 @@ def test_the_candidate_is_proved_without_torch(place: Path) -> None:
     assert left == {"voting", "rounding", "observability"} and all(tier["checks"] for name, tier in tiers.items() if name not in left)
     assert "compared to cell.npz, which a torch reference of case 'cell' wrote at" in done.stdout
     other = blocked(("torch",), "run", f"{place / 'port.py'}:case")
-    assert other.returncode == 2 and "torch" in other.stderr
+    assert other.returncode == 2 and "the reference of case 'cell' cannot be made: ModuleNotFoundError: " in other.stderr
+    assert "it comes with pip install 'groundwave[torch]', and a file that imports it inside the functions that make" in other.stderr
 
 
 def test_the_reference_is_proved_without_jax(place: Path) -> None:
