@@ -15,7 +15,7 @@ from .adapters.base import Call, Gradients, Leaf, Node, Run, Trained, Unsupporte
 from .case import Case, CaseError, Trajectory
 from .recording import Forced, Recording, Skip
 from .regimes import AS_IS, BY_NAME, Regime
-from .structures import Arrays, StructureError
+from .structures import Arrays
 
 SCHEMA = "parity-golden/1"
 
@@ -41,7 +41,7 @@ class Golden(Recording):
         self.path, self.meta, self._arrays = path, meta, Arrays(held)
         try:
             self._read(case)
-        except (KeyError, TypeError, IndexError, StructureError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise GoldenError(f"{path} is a golden file with something missing: {type(error).__name__}: {error}") from error
 
     def _read(self, case: Case) -> None:

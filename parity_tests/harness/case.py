@@ -43,6 +43,16 @@ def shown(inputs: Mapping[str, np.ndarray]) -> str:
     return ", ".join(f"{name} {value.shape} {value.dtype}" for name, value in inputs.items())
 
 
+def missing(error: BaseException) -> str:
+    """What to do about a framework that is not there."""
+    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = {"torch": "torch", "jax": "jax", "flax": "jax", "optax": "jax"}.get(name)
+    if extra is None:
+        return ""
+    return (f"; it comes with pip install 'groundwave[{extra}]', and a file that imports it inside the functions that make the models can be "
+            "checked against a golden file without it")
+
+
 @dataclass(frozen=True)
 class StateProtocol:
     """How a model is called with a carried state and split along time.

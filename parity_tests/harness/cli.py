@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -307,6 +308,10 @@ def _diff(arguments: argparse.Namespace) -> int:
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in first or name not in second:
             row = ("-", "-", "-", f"only in {arguments.first if name in first else arguments.second}")
+        elif "U" in (first[name].dtype.kind, second[name].dtype.kind):  # text, as golden files have it beside their numbers
+            if np.array_equal(first[name], second[name]):
+                continue
+            row = ("-", "-", "-", "another text")
         else:
             try:
                 found = measure(first[name], second[name])

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from .case import Case, CaseError, raised
+from .case import Case, CaseError, missing, raised
 
 
 def nearest_pyproject(start: Path) -> Path | None:
@@ -23,7 +23,7 @@ def configured(start: Path) -> list[str]:
     """`[tool.parity] cases` of the nearest pyproject.toml. Raises CaseError when there is none."""
     path = nearest_pyproject(start)
     if path is None:
-        raise CaseError(f"no CASE was given, as file.py:name, and there is no pyproject.toml in {start} or above it that lists any")
+        raise CaseError(f"no CASE was given and there is no pyproject.toml in {start} or above it")
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
@@ -42,21 +42,20 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     file, module or name that does not exist, an import that fails, or anything that is no case.
     """
     place, _, name = spec.rpartition(":")
-    if ":" not in spec and not spec.endswith(".py"):
+    if spec.endswith(".py"):
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}; {_known(_file(Path(spec), spec))}")
+    if ":" not in spec:
         return [_registered(spec, start or Path.cwd())]
     if not place or not name:
-        found = _names(_file(Path(spec), spec)) if spec.endswith(".py") and Path(spec).is_file() else []
-        hint = f"; {spec} has {', '.join(f'{spec}:{name}' for name in found)}" if found else ""
-        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}{hint}")
+        raise CaseError(f"a case is named file.py:name or module:name, found {spec!r}")
     module = _file(Path(place), spec) if place.endswith(".py") else _module(place, spec, start or Path.cwd())
-    known = _names(module)
-    told = f"its cases are {', '.join(known)}" if known else "it has no case, which is a variable that holds a parity_tests.harness.Case"
     if not hasattr(module, name):
-        raise CaseError(f"{place} has no {name!r}; {told}")
+        raise CaseError(f"{place} has no {name!r}; {_known(module)}")
     found = getattr(module, name)
     if callable(found) and not isinstance(found, (Case, type)):
         if _needs_arguments(found):
-            raise CaseError(f"{spec} is a function that needs arguments, expected a Case, a list of them, or a function that makes either; {told}")
+            raise CaseError(f"{spec} is a function that needs arguments, expected a Case, a list of them, or a function that makes either; "
+                            f"{_known(module)}")
         try:
             found = found()
         except (Exception, SystemExit) as error:
@@ -64,6 +63,11 @@ def load(spec: str, start: Path | None = None) -> list[Case]:
     if not _is_cases(found):
         raise CaseError(f"{spec} is {type(found).__name__}, expected a Case, a list of them, or a function that makes either")
     return [found] if isinstance(found, Case) else list(found)
+
+
+def _known(module: Any) -> str:
+    found = sorted(key for key, value in vars(module).items() if _is_cases(value))
+    return f"its cases are {', '.join(found)}" if found else "it has no case, which is a variable that holds a parity_tests.harness.Case"
 
 
 def _registered(name: str, start: Path) -> Case:
@@ -78,10 +82,6 @@ def _registered(name: str, start: Path) -> Case:
         raise CaseError(f"{len(found) or 'no'} cases of {', '.join(names)} are named {name!r}, expected one of "
                         f"{', '.join(case.name for case in cases)} (or file.py:name, module:name)")
     return found[0]
-
-
-def _names(module: Any) -> list[str]:
-    return sorted(key for key, value in vars(module).items() if _is_cases(value))
 
 
 def _needs_arguments(function: Any) -> bool:
@@ -115,7 +115,7 @@ def _file(path: Path, spec: str) -> Any:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a file that exits must not end the command as if all had held
         del sys.modules[name]
-        raise CaseError(f"{path} cannot be imported: {raised(error)}{_missing(error)}") from error
+        raise CaseError(f"{path} cannot be imported: {raised(error)}{missing(error)}") from error
     return module
 
 
@@ -133,17 +133,7 @@ def _module(name: str, spec: str, root: Path) -> Any:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}{_missing(error)}") from error
-
-
-def _missing(error: BaseException) -> str:
-    """What to do about a framework that is not there."""
-    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    extra = {"torch": "torch", "jax": "jax", "flax": "jax", "optax": "jax"}.get(name)
-    if extra is None:
-        return ""
-    return (f"; it comes with pip install 'groundwave[{extra}]', and a file that imports it inside the functions that make the models can be "
-            "checked against a golden file without it")
+        raise CaseError(f"{name} cannot be imported (asked for {spec}): {raised(error)}{missing(error)}") from error
 
 
 def _on_path(folder: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..case import Case, CaseError, make, raised
+from ..case import Case, CaseError, make, missing, raised
 from .base import Adapter
 
 
@@ -47,7 +47,7 @@ def opened_from(factory: Callable[..., Any], case: Case, position: int, dtype: s
     except CaseError:
         raise
     except (Exception, SystemExit) as error:
-        raise CaseError(f"the {role} of case {case.name!r} cannot be made: {raised(error)}") from error
+        raise CaseError(f"the {role} of case {case.name!r} cannot be made: {raised(error)}{missing(error)}") from error
     if kind == "torch":
         from .torch_adapter import TorchAdapter
 

@@ -74,9 +74,9 @@ def test_a_case_by_its_own_name(place: Path, capsys: pytest.CaptureFixture) -> N
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["run", "cases.py"], "a case is named file.py:name or module:name, found 'cases.py'; cases.py has cases.py:"),
+    (["run", "cases.py"], "a case is named file.py:name or module:name, found 'cases.py'; its cases are "),
     (["run", ":good"], "a case is named file.py:name or module:name, found ':good'"),
-    (["run", "good"], "or by its own name where pyproject.toml lists it; found 'good'"),
+    (["run", "good"], "or by its own name where pyproject.toml lists it; found 'good' and there is no pyproject.toml"),
     (["run", "missing.py:good"], "missing.py does not exist"),
     (["run", "cases.py:better"], "cases.py has no 'better'; its cases are bad, good"),
     (["run", "cases.py:number"], "is int, expected a Case"),

@@ -45,7 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("name", "words"), [
     ("case.py:good", "case.py does not exist (asked for case.py:good); did you mean cases.py?"),
-    ("cases.py", "found 'cases.py'; cases.py has cases.py:bad, cases.py:good, cases.py:many, cases.py:slow"),
+    ("cases.py", "found 'cases.py'; its cases are bad, good, many, slow"),
     ("empty.py:good", "empty.py has no 'good'; it has no case, which is a variable that holds a parity_tests.harness.Case"),
     ("cases.py:inputs", "cases.py:inputs is a function that needs arguments, expected a Case, a list of them, or a function that makes either; its "
                         "cases are bad, good"),
@@ -86,7 +86,7 @@ def test_an_interrupted_run_ends_at_once_in_one_line(place: Path) -> None:
 def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_runs(place: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["run", "cases.py:slow", "--html", "."]) == 2  # which would take a minute
     assert main(["run"]) == 2
-    words = ["--html . cannot be written: Is a directory", "no CASE was given, as file.py:name, and there is no pyproject.toml in"]
+    words = ["--html . cannot be written: Is a directory", "no CASE was given and there is no pyproject.toml in"]
     captured = capsys.readouterr()
     assert captured.out == "" and all(word in captured.err for word in words)
 

@@ -65,7 +65,7 @@ def inputs(seed, batch=3, length=3):
     return {"x": np.random.default_rng(seed).normal(size=(batch, length, 5))}
 
 case = Case("cell", reference, candidate, inputs, states=StateProtocol(split_length=2), trajectory=Trajectory(steps=3, length=2),
-            regimes=("as is", "carried state"), dtypes=("float64", "float32"))
+            regimes=("as is", "carried state"), dtypes=("float64",))
 wrong = Case("cell", reference, lambda: candidate(1e-6), inputs)
 '''
 # a framework that is blocked cannot be imported by anything
@@ -89,7 +89,7 @@ def case_of(place: Path, name: str = "case") -> Case:
 def test_the_arrays_have_names_that_say_what_they_are(place: Path) -> None:
     held = formats.load(place / "cell.npz")
     assert {"meta", "weights/norm.weight", "weights/w.bias", "as is/inputs/x", "as is/calls/0000 norm/outputs", "carried state/states",
-            "as is/gradients/parameters/w.weight", "as is/float32/outputs/0", "training/losses"} <= set(held)
+            "as is/gradients/parameters/w.weight", "training/losses"} <= set(held)
     made = json.loads(str(held["meta"]))
     assert made["schema"] == "parity-golden/1" and made["provenance"]["policy"]["versions"]["torch"] and "time" in made["provenance"]
     digests = [(value.shape, value.tobytes()) for name, value in held.items() if name != "meta"]
@@ -119,10 +119,11 @@ def test_the_candidate_is_proved_without_torch(place: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     tiers = {tier["name"]: tier for tier in json.loads((place / "report.json").read_text())["cases"][0]["tiers"]}
     left = {name for name, tier in tiers.items() if tier["skipped"]}
-    assert left == {"voting", "observability"} and all(tier["checks"] for name, tier in tiers.items() if name not in left)
+    assert left == {"voting", "rounding", "observability"} and all(tier["checks"] for name, tier in tiers.items() if name not in left)
     assert "compared to cell.npz, which a torch reference of case 'cell' wrote at" in done.stdout
     other = blocked(("torch",), "run", f"{place / 'port.py'}:case")
-    assert other.returncode == 2 and "torch" in other.stderr
+    assert other.returncode == 2 and "the reference of case 'cell' cannot be made: ModuleNotFoundError: " in other.stderr
+    assert "it comes with pip install 'groundwave[torch]', and a file that imports it inside the functions that make" in other.stderr
 
 
 def test_the_reference_is_proved_without_jax(place: Path) -> None:
@@ -153,11 +154,26 @@ def test_inputs_that_have_changed_since_are_not_passed_over(place: Path) -> None
 def test_an_engine_against_an_engine(tmp_path: Path) -> None:
     from parity_tests.harness.tests.test_bad_inputs import engines
 
-    case = engines(np.tanh, trajectory=Trajectory(steps=2))
+    case = engines(np.tanh, trajectory=Trajectory(steps=2), dtypes=("float64", "float32"))
     golden.write(tmp_path / "e.npz", case)
-    assert golden.check(tmp_path / "e.npz", case).run().held
+    held = formats.load(tmp_path / "e.npz")
+    assert held["as is/float32/outputs"].dtype == np.float32
+    result = golden.check(tmp_path / "e.npz", case).run()
+    assert result.held and next(tier for tier in result.tiers if tier.name == "rounding").checks
     wrong = engines(np.tanh, lambda y: np.tanh(y) * 1.001)
     assert "a uniform factor of 1.001" in golden.check(tmp_path / "e.npz", wrong).run(["free"]).sentence
+    coarse = engines(np.tanh, lambda y: np.tanh(y + y.dtype.type(1e-4 if y.dtype == np.float32 else 0)), dtypes=case.dtypes)
+    result = golden.check(tmp_path / "e.npz", coarse).run(["free", "rounding"])
+    assert result.tiers[0].held and "float32 error" in result.sentence
+
+
+def test_two_files_are_compared_with_their_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    held = formats.load(place / "cell.npz")
+    formats.save(tmp_path / "other.npz", {**held, "meta": np.asarray(str(held["meta"]) + " ")})
+    assert main(["diff", str(place / "cell.npz"), str(place / "cell.npz")]) == 0
+    assert main(["diff", str(place / "cell.npz"), str(tmp_path / "other.npz")]) == 1
+    out = capsys.readouterr().out
+    assert f"1 of {len(held)} arrays differ" in out and "another text" in out
 
 
 def test_a_file_that_is_none_is_one_line(tmp_path: Path, place: Path) -> None:
@@ -168,6 +184,8 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path, place: Path) -> None:
         "its schema is 'parity-golden/9'": {**held, "meta": np.asarray(json.dumps({**made, "schema": "parity-golden/9"}))},
         "the array 'as is/inputs/x' is not there": {name: value for name, value in held.items() if name != "as is/inputs/x"},
         "KeyError: 'weights/norm.bias'": {name: value for name, value in held.items() if name != "weights/norm.bias"},
+        "ValueError: transform of regime 'as is' must be one of": {**held, "meta": np.asarray(str(held["meta"]).replace(
+            '"transform": null', '"transform": "upside down"', 1))},
         "KeyError: 'leaves'": {"meta": np.asarray(json.dumps({name: value for name, value in made.items() if name != "leaves"}))},
     }
     for words, arrays in contents.items():

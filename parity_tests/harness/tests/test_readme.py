@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,11 @@ def test_what_is_compared_can_differ() -> None:
     assert shown(["a 0.3 s", "...", "c 2e-9"], ["a 1.7 s", "b", "c  3.1e-12"]) is None
     assert shown(["a", "c"], ["a", "b", "c"]) == "c" and shown(["a"], ["a", "b"]) == "(the end, found 'b')"
     assert shown(["a", "..."], ["b"]) == "a" and shown(["allowed 1e-9, 3 checks"], ["allowed 1e-9, 4 checks"]) is not None
+
+
+def test_the_page_is_part_of_the_package() -> None:
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["parity_tests"]
+    assert README.relative_to(ROOT / "parity_tests").as_posix() in files
 
 
 def test_the_names_that_the_text_uses_exist() -> None:
