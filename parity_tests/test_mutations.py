@@ -2,7 +2,7 @@
 
 Bugs inside a module come from mutants: the module or one of its functions again in JAX, with every bug as a branch. Without a bug each of
 them is the port itself, which a test asserts, so that what the harness notices is the bug. Twelve bugs run with the tests, the others with
-`--all-mutations` (`make mutations`).
+`--all-mutations` (`make mutations`), and so do those that nothing was tuned on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.candidate import Candidate
 from parity_tests.harness.compare import Place, exact
 from parity_tests.harness.mutate import Mutation
-from parity_tests.harness.plugin import mutation_tests
+from parity_tests.harness.plugin import mutation_tests, unseen_tests
 from parity_tests.harness.recording import Recording
-from parity_tests.mutations_mamba import CASE, FEW, LATE, MORE, MORE_LATE
+from parity_tests.mutations_mamba import CASE, FEW, LATE, MORE, MORE_LATE, UNSEEN_RUNS
 
 found, test_detected_and_located = mutation_tests(*FEW, more=((CASE, MORE), (LATE, MORE_LATE)))
+unseen, test_unseen_is_detected = unseen_tests(*UNSEEN_RUNS)
 
 
 def test_cosine_alone_misses_what_the_rules_find(found: dict[str, Mutation]) -> None:

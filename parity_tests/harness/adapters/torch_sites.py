@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .torch_alternatives import named
 
 TORCH = os.path.dirname(torch.__file__)
+LAYERS = os.path.join(TORCH, "nn", "modules", "")
 HERE = os.path.dirname(__file__)
 MODES = tuple(os.path.join(HERE, name) for name in ("torch_sites.py", "torch_variants.py", "torch_values.py"))
 
@@ -34,14 +35,19 @@ class Site:
 
 
 def site_of(skip: int) -> tuple[tuple, Any, int] | None:
-    """Where a function is being called: the innermost place outside of torch, and the place that called its code."""
-    frame, chain = sys._getframe(skip), []
+    """Where a function is being called: the innermost place outside of torch, and the place that called its code.
+
+    In a layer of torch that an adapter calls by itself, the place in that layer.
+    """
+    frame, chain, layer = sys._getframe(skip), [], None
     while frame is not None and len(chain) < 2:
+        if layer is None and not chain and frame.f_code.co_filename.startswith(LAYERS):
+            layer = frame
         if not frame.f_code.co_filename.startswith(TORCH) and frame.f_code.co_filename not in MODES:
             chain.append((frame.f_code, frame.f_lasti, frame.f_lineno))
         frame = frame.f_back
-    if not chain or os.path.dirname(chain[0][0].co_filename) == HERE:  # an adapter that makes tensors of arrays
-        return None
+    if not chain or os.path.dirname(chain[0][0].co_filename) == HERE:  # without a layer, an adapter that makes tensors of arrays
+        return None if layer is None else (((layer.f_code, layer.f_lasti),), layer.f_code, layer.f_lineno)
     inner = chain[0]
     return ((inner[0], inner[1]), *(item[:2] for item in chain[1:])), inner[0], inner[2]
 

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import erf
 
 from parity_tests.harness import report
+from parity_tests.harness.adapters import opened
 from parity_tests.harness.adapters.callable_adapter import Engine
 from parity_tests.harness.battery import Result, run_case
 from parity_tests.harness.case import Case
@@ -123,6 +124,20 @@ def test_a_slip_at_one_place(function: Callable, family: str, phrase: str, expec
         with item.change(0.0):
             made.append(model(x).numpy())
     assert any(np.shape(value) == np.shape(expected(X)) and np.allclose(value, expected(X), rtol=0, atol=1e-12) for value in made)
+
+
+def test_a_slip_in_a_layer_of_torch_that_is_called_by_itself() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(35, eps=0.1)
+
+    adapter = opened(Case("norm", Model, Model, lambda seed: {"x": X}), "reference", "float64")
+    found = adapter.variations("norm", frozenset()).functions(lambda: adapter.call("norm", (X,), {}), 3)
+    slip = next(item for item in found if item.family == "ddof")
+    assert "in forward, normalization.py" in slip.phrase
+    with slip.change(0.0):
+        np.testing.assert_allclose(adapter.call("norm", (X,), {}), sample_variance(X, 0.1), rtol=0, atol=1e-12)  # values of order 1
 
 
 class Gated(torch.nn.Module):
