@@ -73,6 +73,10 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert records.mutations_from_json(text) == found and records.from_json(text) == []
     record = json.loads(text)
     assert record["held"] is False and record["calibration"] == {"commit": "abc", "models": {"M": {"cases": ["one", "two"]}}}
+    assert calibrate.kept(path, {}) == ({}, {})  # no digests were kept
+    calibrate.write(path, found, {"models": {"M": {"cases": ["one", "two"]}}, "sources": {"a.py": "1"}})
+    assert calibrate.kept(path, {"a.py": "1"}) == (found, {"M": {"cases": ["one", "two"]}})
+    assert calibrate.kept(path, {"a.py": "2"}) == calibrate.kept(path.with_name("none"), {"a.py": "1"}) == ({}, {})
     assert [name.name for name in path.parent.iterdir()] == ["file.json"] and text.count('"name"') == text.count('{"name"') == 3
 
 
