@@ -118,6 +118,14 @@ class Golden(Recording):
         """Outputs of a layer of the reference in a lower precision."""
         return self._own[regime.name, forced.index, dtype]
 
+    def within(self, dtype: str) -> Golden:
+        """The recording on whose grid a precision is compared: a file holds one."""
+        return self
+
+    def neighbours(self, regime: Regime, dtype: str, forced: Forced | None = None) -> list[tuple[Any, Any]]:
+        """Outputs on inputs a few roundings away, of which a file has none: an error is held against that on the very input alone."""
+        return []
+
     def _applies(self, what: str) -> None:
         if self._skips.get(what) is not None:
             raise Skip(self._skips[what])

@@ -21,6 +21,9 @@ from parity_tests.harness.adapters.callable_adapter import Engine
 from parity_tests.harness.battery import run_case
 from parity_tests.harness.case import Case, CaseError
 from parity_tests.harness.cli import main
+from parity_tests.harness.compare import Place, failed
+from parity_tests.harness.explain import Diagnosis
+from parity_tests.harness.locate import sentence
 from parity_tests.harness.tests.test_cli import CASES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -193,3 +196,9 @@ def test_a_linen_port_is_converted_with_its_collection(place: Path) -> None:
         assert set(formats.load(place / name)) == keys
         assert main(["convert", name, "back.npz", "--case", "port.py:case", "--to", "reference"]) == 0
         assert {key: value.tobytes() for key, value in formats.load(place / "back.npz").items()} == {key: v.tobytes() for key, v in arrays.items()}
+
+
+def test_a_diagnosis_that_tried_nothing_says_nothing() -> None:
+    check = failed(Place("free", "", "as is", "float64"), 1, "none of 3 values is finite, in both: nothing can be compared")
+    assert "repairs" not in sentence([check], {}, Diagnosis("", "", 1.0, 0))
+    assert "none of 7 repairs reproduces it" in sentence([check], {}, Diagnosis("", "", 1.0, 7))

@@ -21,7 +21,6 @@ pytest.importorskip("flax")
 from parity_tests.harness import plugin
 from parity_tests.harness.cli import main
 
-pytest_plugins = ["pytester"]
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = README.parents[2]
@@ -68,8 +67,8 @@ def shown(expected: list[str], printed: list[str]) -> str | None:
 class Shell:
     """Runs the commands of the README in a folder: `parity`, `python` and `pytest` in this process, anything else in bash."""
 
-    def __init__(self, pytester: pytest.Pytester) -> None:
-        self.pytester, self.folder, self.status = pytester, pytester.path, 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.status = folder, 0
 
     def run(self, command: str) -> list[str]:
         """The lines that a command prints, on either stream."""
@@ -89,9 +88,10 @@ class Shell:
             # of what other tests of this process have run nothing goes into the report
             with self.fresh(), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(plugin, "_batteries", {})
-                result = self.pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
-            self.status = int(result.ret)
-            return result.outlines
+                out = io.StringIO()
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                    self.status = int(pytest.main(["-p", "no:cacheprovider", *arguments]))
+            return out.getvalue().splitlines()
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=self.folder, env={**os.environ, "PATH": path}, check=False)
         self.status = done.returncode
@@ -111,8 +111,9 @@ class Shell:
                 del sys.modules[name]
 
 
-def test_every_block_runs_and_prints_what_it_is_said_to(pytester: pytest.Pytester) -> None:
-    shell = Shell(pytester)
+def test_every_block_runs_and_prints_what_it_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(tmp_path)
     for language, name, text in blocks():
         if name:
             (shell.folder / name).write_text(text)
