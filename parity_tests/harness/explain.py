@@ -123,9 +123,13 @@ def tried(evidence: Evidence, trials: Iterator[repairs.Trial], sorted_by_rank: b
         return made if made is not None and np.isfinite(made).all() else None
 
     def spares(value: Any) -> bool:
-        """Whether the outputs that the two sides agree in stay as they are."""
-        made, held = outputs(value, right), evidence.vector(evidence.expected, right)
-        return made is not None and held is not None and explains(size(made - held) / whole, whole / math.sqrt(len(names)), evidence.dtype)
+        """Whether the outputs that the two sides agree in stay as they are; without a step they have another shape and are not compared."""
+        made = {name: np.asarray(leaf) for name, leaf in tree.named(value).items()}
+        alike = [name for name in right if name in made and made[name].shape == evidence.expected[name].shape]
+        there, held = evidence.vector(made, alike) if alike else None, evidence.vector(evidence.expected, alike) if alike else None
+        if there is None or held is None:
+            return not alike
+        return np.isfinite(there).all() and explains(size(there - held) / whole, whole / math.sqrt(len(names)), evidence.dtype)
 
     started = time.perf_counter()
     for trial in islice(trials, MAX_TRIALS):
