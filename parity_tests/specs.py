@@ -184,11 +184,12 @@ def sentences(config: LamConfig, batch: int = BATCH, length: int = LENGTH) -> Ca
 
 
 def rule_leaves(prefix: str) -> dict[str, Callable[..., np.ndarray]]:
-    """temp divides: it stays away from zero; decays are spread over (0, 1); fluxes stay between their clamps."""
+    """temp divides: it stays away from zero; decays are spread over (0, 1), fluxes too, some tokens' as far as their clamps."""
     return {
         f"{prefix}rule.temp": lambda rng, shape: rng.uniform(1.0, 3.0, shape),
         f"{prefix}*_decay_bias": lambda rng, shape: rng.uniform(-1.5, 1.5, shape),
-        f"{prefix}rule.*_flux.out.*": lambda rng, shape: rng.uniform(-0.7, 0.7, shape),
+        f"{prefix}rule.*_flux.out.weight": lambda rng, shape: rng.uniform(-16.0, 16.0, shape),
+        f"{prefix}rule.*_flux.out.bias": lambda rng, shape: rng.uniform(-0.7, 0.7, shape),
     }
 
 

@@ -63,6 +63,23 @@ def test_the_bugs_are_those_of_the_lists(kept: tuple[dict, dict[str, list[Mutati
         case: [(item.name, item.expected) for item in found] for case, found in kept[1].items()}
 
 
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    found = {"one": [Mutation("a \"bug\"", "x", "x", True, "free", ("2 meaning",), 0.5, True, "says"),
+                     Mutation("b", "x", "", False, "", (), 1.0, False, "")],
+             "two": [Mutation("c", "y", "y", True, "free", ("2 meaning",), 1.0, False, "says", unseen=True)]}
+    path = tmp_path / "new" / "file.json"
+    calibrate.write(path, found, {"commit": "abc", "models": {"M": {"cases": ["one", "two"]}}})
+    text = path.read_text()
+    assert records.mutations_from_json(text) == found and records.from_json(text) == []
+    record = json.loads(text)
+    assert record["held"] is False and record["calibration"] == {"commit": "abc", "models": {"M": {"cases": ["one", "two"]}}}
+    assert calibrate.kept(path, {}) == ({}, {})  # no digests were kept
+    calibrate.write(path, found, {"models": {"M": {"cases": ["one", "two"]}}, "sources": {"a.py": "1"}})
+    assert calibrate.kept(path, {"a.py": "1"}) == (found, {"M": {"cases": ["one", "two"]}})
+    assert calibrate.kept(path, {"a.py": "2"}) == calibrate.kept(path.with_name("none"), {"a.py": "1"}) == ({}, {})
+    assert [name.name for name in path.parent.iterdir()] == ["file.json"] and text.count('"name"') == text.count('{"name"') == 3
+
+
 CODE = 'def f(x):\n    """Doubled."""\n    return 2 * x\n'
 
 

@@ -2,7 +2,7 @@
 
 Bugs inside a module come from mutants: the module or one of its functions again in JAX, with every bug as a branch. Without a bug each of
 them is the port itself, which a test asserts, so that what the harness notices is the bug. Twelve bugs run with the tests, the others with
-`--all-mutations` (`make mutations`).
+`--all-mutations` (`make mutations`), and so do those that nothing was tuned on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.candidate import Candidate
 from parity_tests.harness.compare import Place, exact
 from parity_tests.harness.mutate import Mutation
-from parity_tests.harness.plugin import mutation_tests
+from parity_tests.harness.plugin import mutation_tests, unseen_tests
 from parity_tests.harness.recording import Recording
-from parity_tests.mutations_mamba import CASE, FEW, LATE, MORE, MORE_LATE
+from parity_tests.mutations_mamba import CASE, FEW, LATE, MORE, MORE_LATE, UNSEEN_RUNS
 
 found, test_detected_and_located = mutation_tests(*FEW, more=((CASE, MORE), (LATE, MORE_LATE)))
+unseen, test_unseen_is_detected = unseen_tests(*UNSEEN_RUNS)
 
 
 def test_cosine_alone_misses_what_the_rules_find(found: dict[str, Mutation]) -> None:
@@ -33,14 +34,14 @@ def test_the_diagnosis_names_the_family(found: dict[str, Mutation]) -> None:
 
 
 def test_mutants_without_a_bug_are_the_port() -> None:
-    case, checks = CASE, []
-    recording = Recording(case)
-    candidate = Candidate(case, recording)
-    both = {"blocks.0.ssm": mutants.scan, "blocks.0.rwkv": mutants.memory, "blocks.1.rwkv": mutants.bank, "blocks.1": mutants.block}
-    for pair in (both, {"blocks.0.rwkv": mutants.rwkv}):
-        twin = candidate.mutated(candidate.weights, tuple(Patch(path, mutant(None)) for path, mutant in pair.items()), None, None)
+    recording, checks = Recording(LATE), []
+    candidate = Candidate(LATE, recording)
+    ssm, memory, block = "blocks.0.ssm", "blocks.0.rwkv", "blocks.0"
+    for group in ({ssm: mutants.scan, memory: mutants.memory}, {memory: mutants.bank, block: mutants.block}, {memory: mutants.rwkv}):
+        twin = candidate.mutated(candidate.weights, tuple(Patch(path, mutant(None)) for path, mutant in group.items()), None, None)
         for layer in recording.forced(recording.plain()[1]):
-            if layer.path in pair:
-                checks += exact(Place("forced", layer.path, "carried state", "float64"), layer.outputs, twin.call(layer, "float64"),
-                                Bounds(case.bounds), "forced")
-    assert {check.where for check in checks} == set(both) and not [check for check in checks if not check.held]
+            if layer.path in group:
+                found = exact(Place("forced", layer.path, "carried state", "float64"), layer.outputs, twin.call(layer, "float64"),
+                              Bounds(LATE.bounds), "forced")
+                checks.append((layer.path, [check for check in found if not check.held]))
+    assert checks == [(ssm, []), (memory, []), (memory, []), (block, []), (memory, [])]

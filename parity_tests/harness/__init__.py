@@ -27,8 +27,8 @@ and one command, `parity run my_case.py:case` (`--html page.html` for a page to 
 
 The harness randomises every weight of the reference, converts them by kind of layer, records the reference once, and compares: layers fed
 the reference's own inputs ("forced") and whole runs ("free") in float64 under many regimes, the same in lower precision against the float64
-oracle, gradients by name, every split of the sequence, an AdamW run, side effects, and whether every weight matters at all. `run_mutations`
-puts known bugs into the candidate to prove that they would be noticed. Neither framework is imported before a case needs it.
+oracle, gradients by name, every split of the sequence, an AdamW run, side effects, and whether every weight matters at all. `parity mutate`
+and `run_mutations` put known bugs into the candidate to prove that they would be noticed. Neither framework is imported before a case needs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HOMES = {
     "Rule": "convert", "Transpose": "convert", "Reshape": "convert", "Split": "convert", "Concat": "convert", "Constant": "convert",
     "HeadPermutation": "convert", "WeightMap": "convert", "ConversionError": "convert",
     "Measure": "measure", "MeasureError": "measure", "cosine": "measure", "relative_l2": "measure",
-    "Injector": "mutate", "Mutation": "mutate", "run_mutations": "mutate",
+    "Injector": "mutate", "Mutation": "mutate", "run_mutations": "mutate", "Kills": "kills",
     "Engine": "adapters.callable_adapter", "Patch": "adapters.nnx_trace",
     "Diagnosis": "explain", "to_json": "report", "from_json": "report", "ReportError": "records", "page": "html",
     "parity_case": "plugin", "mutation_tests": "plugin",

@@ -103,7 +103,7 @@ class Case:
     unobservable: pattern of reference leaves that change nothing -> reason.
     regimes: `Regime` objects or names of the standard ones; None for all of those. dtypes: float64 and the precisions beside it.
     sizes: name -> size of every axis, for the lint.
-    injectors: mutations for `parity run --mutations` and `run_mutations`.
+    injectors: mutations for `parity mutate`, `parity run --mutations` and `run_mutations`.
     seed: of the randomised weights and of the inputs.
     jit: whether the candidate's calls are compiled as one program, as they are in use.
     tap_limit: bytes that the recorded inputs and outputs of all modules of one run may take.

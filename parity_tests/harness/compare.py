@@ -127,7 +127,8 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds,
     Allowed: max(factor x own error, floor x eps x RMS of the oracle), all as RMS. Discrete leaves are compared where the reference's own
     choice does not depend on the precision (the margin is large enough), and are not compared elsewhere.
     `neighbours` gives further pairs (oracle, own) on inputs a few roundings away. They are asked for where the error is too large: a reference
-    that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is.
+    that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is; rows that are rounding around
+    there are left out.
     """
     left, middle, right = _arrays(oracle), _arrays(own), _arrays(candidate)
     checks = _wrong_names(place, left, right)
@@ -165,12 +166,29 @@ def rounded(place: Place, oracle: Any, own: Any, candidate: Any, bounds: Bounds,
         check = _band(place, name, found, reference.error_rms, bounds, rule, on)
         if not check.held and neighbours is not None:
             around = [tuple(map(_arrays, pair)) for pair in neighbours()] if around is None else around
-            errors = [measure(near[name], low[name].astype(np.float64), check_dtype=False).error_rms for near, low in around]
-            typical = float(np.median(errors)) if errors else 0.0
-            check = _band(place, name, found, max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms, bounds, rule, on)
+            if around:
+                errors = np.stack([low[name].astype(np.float64) - wide[name] for wide, low in around])
+                rows = _well_posed(errors, found.reference_rms, place.dtype)
+                found, reference = (measure(expected[rows], value[name].astype(np.float64)[rows], check_dtype=False) for value in (right, middle))
+                typical = float(np.median([np.sqrt(np.mean(np.square(error[rows]))) for error in errors]))
+                own_error = max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms
+                check = _band(place, name, found, own_error, bounds, rule, on)
         checks.append(check)
         checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
     return checks
+
+
+def _well_posed(errors: np.ndarray, rms: float, dtype: str) -> np.ndarray:
+    """The rows (of the last axis) of a leaf of which the reference computes half of the digits at least on neighbouring inputs, whose errors are
+    given (K, ...). Where it does not (a norm over equal values, with an epsilon of 1e-12) neither side computes anything but rounding.
+
+    All rows where none is left, or where there are no rows.
+    """
+    everything = np.ones(errors.shape[1:-1], bool)
+    if errors.ndim < 3:
+        return everything
+    kept = np.median(np.sqrt(np.mean(np.square(errors), -1)), 0) <= math.sqrt(EPS[dtype]) * rms
+    return kept if kept.any() else everything
 
 
 def _band(place: Place, name: str, found: Measure, own: float, bounds: Bounds, rule: int, on: str) -> Check:

@@ -5,6 +5,7 @@
     arguments    the reference again with an argument dropped, coarse, averaged over the batch, without its last step
     settings     the reference again with another epsilon, constant, truth value or name among the module's settings
     functions    the reference again with one function in it replaced: tanh gelu, another axis, a missing term, an inverted gate
+    values       the reference again with one function in it reading another value: the one from before an update
 
 A repair counts when it leaves less than a thousandth of the difference (of the part of it that is not rounding), in every output of the
 module that differs. Of those that count the most particular is spoken. When none does, a symptom of the checked output alone is spoken as
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import repairs, tree
+from .adapters.base import Call
 from .compare import Check
 from .convert import ConversionError
 from .explain import Diagnosis, Evidence, explained, read, spoken, tried
@@ -54,7 +56,7 @@ def diagnose(battery: Battery, check: Check) -> Diagnosis | None:
         return None
     found = explained(evidence, rerun=check.tier != "rounding", norm=_norm(battery, check))
     node = battery.recording.adapter("float64").modules().get(check.where)
-    if found.family == "shift in time" and node is not None and node.layer.startswith("conv"):
+    if found.family == "shift in time" and not found.phrase.startswith("taps ") and node is not None and node.layer.startswith("conv"):
         return replace(found, family="padding side", phrase=f"padded on the other side ({found.phrase})")
     return found
 
@@ -153,24 +155,46 @@ def _free(battery: Battery, check: Check) -> Evidence | None:
     recording, axes = battery.recording.within(check.dtype), _axes(battery, regime)
     reference, candidate = recording.run(regime), battery.free_run(regime, check.dtype)
     if check.where:
-        for call, other in battery.matched(reference, candidate):
-            if call.path == check.where:
+        calls = list(battery.matched(reference, candidate))
+        around = [(call, other) for call, other in calls if call.path and check.where.startswith(f"{call.path}.")]
+        for call, other in [*sorted(around, key=lambda pair: len(pair[0].path)), *calls]:  # the outermost that was handed something wrong
+            if call.path == check.where or _wrong(call, other):
                 left, right = _leaves((call.args, call.kwargs)), _leaves((other.args, other.kwargs))
-                wrong = [name for name, value in left.items()
-                         if name in right and value.shape == right[name].shape and not np.array_equal(value, right[name])]
+                wrong = _wrong(call, other)
                 if wrong:
-                    return Evidence(left, right, wrong[0], axes, check.dtype)
+                    args, _ = _whole(recording, regime)
+                    return Evidence(left, right, wrong[0], axes, check.dtype, _given(args, {}), _subject(
+                        battery, "", args, {}, lambda given, _, call=call: _received(recording, regime, given, call), axes))
                 return Evidence(_leaves(call.outputs), _leaves(other.outputs), check.leaf, axes, check.dtype, _given(call.args, call.kwargs))
         return None
+    args, call = _whole(recording, regime)
+    return Evidence(_leaves(reference.outputs), _leaves(candidate.outputs), check.leaf, axes, check.dtype, _given(args, {}),
+                    _subject(battery, recording, "", args, {}, call, axes))
+
+
+def _whole(recording: Recording, regime: Regime, tap: bool = False) -> tuple[tuple, Callable[[tuple, dict], Any]]:
+    """The arguments of the reference as a whole, and how to call it with such: for its outputs, with `tap` for its whole run."""
     inputs, states = recording.inputs(regime), recording.states(regime)
-    args = tuple(inputs.values()) + (() if states is None else (states,))
 
     def call(given: tuple, _: dict) -> Any:
         carried = given[len(inputs)] if len(given) > len(inputs) else None
-        return recording.adapter("float64").run(dict(zip(inputs, given, strict=False)), carried, tap=False).outputs
+        run = recording.adapter("float64").run(dict(zip(inputs, given, strict=False)), carried, tap=tap)
+        return run if tap else run.outputs
 
-    return Evidence(_leaves(reference.outputs), _leaves(candidate.outputs), check.leaf, axes, check.dtype, _given(args, {}),
-                    _subject(battery, recording, "", args, {}, call, axes))
+    return tuple(inputs.values()) + (() if states is None else (states,)), call
+
+
+def _received(recording: Recording, regime: Regime, given: tuple, wanted: Call) -> Any:
+    """What a module of the reference is handed when the whole is called with these arguments."""
+    run = _whole(recording, regime, tap=True)[1](given, {})
+    return next((call.args, call.kwargs) for call in run.calls if (call.path, call.index) == (wanted.path, wanted.index))
+
+
+def _wrong(call: Call, other: Call) -> list[str]:
+    """What two calls were handed that differs by more than the last digits."""
+    left, right = _leaves((call.args, call.kwargs)), _leaves((other.args, other.kwargs))
+    return [name for name, value in left.items() if name in right and value.shape == right[name].shape
+            and not size(np.asarray(right[name], np.float64) - value) <= 1e-9 * size(np.asarray(value, np.float64))]
 
 
 def _norm(battery: Battery, check: Check) -> Finding | None:

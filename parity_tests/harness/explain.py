@@ -14,9 +14,9 @@ import numpy as np
 
 from . import repairs, tree
 from .measure import MeasureError, relative_l2
-from .symptoms import EPS, EXACT, FITTED, HINT, REPAIR, Axes, Finding, explains, size, symptoms
+from .symptoms import EPS, EXACT, FITTED, HINT, PART, PLACE, REPAIR, Axes, Finding, explains, size, symptoms
 
-MAX_TRIALS = 500  # of one kind of repair
+MAX_TRIALS = 800  # of one kind of repair
 MAX_SECONDS = 20.0  # of one kind of repair: a large model is called less often
 
 
@@ -76,11 +76,12 @@ def explained(evidence: Evidence, *, rerun: bool = True, norm: Finding | None = 
         return spoken(found, 0)
     total = 0
     for makes, before in (((repairs.weights, repairs.arguments), REPAIR), ((lambda s: repairs.variations(s, "settings"),), FITTED),
-                          ((lambda s: repairs.variations(s, "functions"), lambda s: repairs.weights(s, inside=True)), FITTED)):
+                          ((lambda s: repairs.variations(s, "functions"), lambda s: repairs.weights(s, inside=True)), FITTED),
+                          ((lambda s: repairs.variations(s, "values"),), PLACE)):
         if before > REPAIR and any(item.rank < before for item in found):
             break
         for make in makes:
-            more, count = tried(evidence, make(evidence.subject))
+            more, count = tried(evidence, make(evidence.subject), sorted_by_rank=makes[0] not in (repairs.weights, repairs.arguments))
             found, total = found + more, total + count
         if any(item.rank <= REPAIR for item in found):
             break
@@ -104,17 +105,27 @@ def read(evidence: Evidence) -> list[Finding]:
             replace(item, rank=HINT + item.rank, phrase=f"{item.phrase} (this output; {len(others)} more differ otherwise)") for item in shown[first]]
 
 
-def tried(evidence: Evidence, trials: Iterator[repairs.Trial]) -> tuple[list[Finding], int]:
-    """Trials that explain every leaf that differs, and how many were made; the first that explains it to the last digit ends the search."""
+def tried(evidence: Evidence, trials: Iterator[repairs.Trial], sorted_by_rank: bool = False) -> tuple[list[Finding], int]:
+    """Trials that explain every leaf that differs, and how many were made.
+
+    The first particular one that explains it to the last digit ends the search; any does where the particular ones come first.
+    """
     names = evidence.differing
+    right = [name for name in evidence.expected if name in evidence.found and name not in names
+             and evidence.expected[name].shape == evidence.found[name].shape and np.isfinite(evidence.expected[name]).all()]
     wanted, plain = evidence.vector(evidence.found, names), evidence.vector(evidence.expected, names)
     if wanted is None or plain is None or not np.isfinite(wanted).all() or not np.isfinite(plain).all() or np.array_equal(wanted, plain):
         return [], 0
     whole, kept, count = size(wanted - plain), [], 0
 
-    def outputs(value: Any) -> np.ndarray | None:
+    def outputs(value: Any, names: list[str] = names) -> np.ndarray | None:
         made = evidence.vector({name: np.asarray(leaf) for name, leaf in tree.named(value).items()}, names)
         return made if made is not None and np.isfinite(made).all() else None
+
+    def spares(value: Any) -> bool:
+        """Whether the outputs that the two sides agree in stay as they are."""
+        made, held = outputs(value, right), evidence.vector(evidence.expected, right)
+        return made is not None and held is not None and explains(size(made - held) / whole, whole / math.sqrt(len(names)), evidence.dtype)
 
     started = time.perf_counter()
     for trial in islice(trials, MAX_TRIALS):
@@ -125,17 +136,19 @@ def tried(evidence: Evidence, trials: Iterator[repairs.Trial]) -> tuple[list[Fin
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
                 if trial.value is None:
-                    made, phrase = outputs(trial.compute(0.0)), trial.phrase
+                    computed, phrase = trial.compute(0.0), trial.phrase
+                    made = outputs(computed)
                 else:
                     ended = repairs.fitted(trial, outputs, wanted)
                     made, phrase = (None, "") if ended is None else (ended[1], trial.phrase.format(value=ended[0]))
+                    computed = None if ended is None else trial.compute(ended[0])
         except Exception:  # a change that the module refuses is no explanation
             continue
         if made is None:
             continue
         share = size(wanted - made) / whole
-        if explains(share, whole / math.sqrt(len(names)), evidence.dtype):
+        if explains(share, whole / math.sqrt(len(names)), evidence.dtype) and (not right or spares(computed)):
             kept.append(Finding(trial.family, phrase, share, trial.rank))
-            if trial.rank <= REPAIR and share < 1e-6:
+            if trial.rank <= (PART if sorted_by_rank else REPAIR) and share < 1e-6:
                 break
     return kept, count

@@ -38,20 +38,20 @@ class Kills:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the kill matrix. `rules` has a truth value for every rule of the verdict: whether it was broken where the run ended."""
+    """A line of the kill matrix. `marks` has every rule of the verdict by number, and whether it was broken where the run ended."""
 
     item: Mutation
-    rules: tuple[bool, ...]
+    marks: tuple[tuple[int, bool], ...]
 
     @property
     def numbers(self) -> str:
         """The broken rules, "2, 10"."""
-        return ", ".join(str(number) for number, broken in zip(RULES, self.rules, strict=True) if broken)
+        return ", ".join(str(number) for number, broken in self.marks if broken)
 
 
 def matrix(found: Sequence[Mutation]) -> list[Row]:
     """The kill matrix: survivors first, then what was located elsewhere, then the others in the order in which they were injected."""
-    rows = [Row(item, tuple(any(rule.partition(" ")[0] == str(number) for rule in item.rules) for number in RULES)) for item in found]
+    rows = [Row(item, tuple((number, any(rule.partition(" ")[0] == str(number) for rule in item.rules)) for number in RULES)) for item in found]
     return sorted(rows, key=lambda row: (row.item.detected, row.item.held))
 
 

@@ -37,6 +37,24 @@ def first(checks: Sequence[Check]) -> Check | None:
     return min(wrong, key=key)[1]
 
 
+def handed(checks: Sequence[Check]) -> bool:
+    """Whether the layer that is first to part in a free run is right by itself: what it was handed is wrong.
+
+    Every module but the model itself is compared by itself, so it is the model's own code between its modules that is wrong then.
+    """
+    check = first(checks)
+    if check is None or check.tier != "free" or not check.where:
+        return False
+    alone = [item for item in checks if item.tier == "forced" and item.where == check.where]
+    return bool(alone) and all(item.held for item in alone)
+
+
+def place(checks: Sequence[Check]) -> str:
+    """Path of the module in which they part, "" for the model itself."""
+    check = first(checks)
+    return "" if check is None or handed(checks) else check.where
+
+
 def sentence(checks: Sequence[Check], input_errors: Mapping[str, float], diagnosis: Diagnosis | None = None) -> str:
     """"parts at PATH: relative L2 3.1e-2 (allowed 1e-12) on an input that agrees to 4e-16; looks like: ...", or "" when everything held."""
     check = first(checks)
@@ -57,4 +75,6 @@ def sentence(checks: Sequence[Check], input_errors: Mapping[str, float], diagnos
     if check.tier in ("forced", "free", "rounding") and check.where:
         error = input_errors.get(check.where)
         text += " on the reference's own input" if error is None else f" on an input that agrees to {number(error)}"
+    if handed(checks):
+        text += ", and is right by itself: what the model hands it is wrong"
     return f"{text}{looks} [{under}; {rules}]"

@@ -134,7 +134,7 @@ def _one(case: Case, recording: Recording, healthy: Candidate, injector: Injecto
     checks = [check for tier in done for check in tier.checks]
     wrong = locate.first(checks)
     rules = tuple(f"{rule} {RULES[rule]}" for rule in sorted({check.rule for check in checks if not check.held}))
-    located = "" if wrong is None else (wrong.tier if wrong.tier in OUTSIDE else wrong.where)
+    located = "" if wrong is None else (wrong.tier if wrong.tier in OUTSIDE else locate.place(checks))
     if wrong is not None and wrong.quantity == "a result":
         raise CaseError(f"injector {injector.name!r} of case {case.name!r} computes nothing wrong, it raises: {wrong.detail}")
     looks = None if wrong is None else battery.tier(wrong.tier).diagnosis

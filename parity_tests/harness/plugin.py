@@ -124,6 +124,28 @@ def mutation_tests(
     return found, test
 
 
+def unseen_tests(*runs: tuple[Case, Sequence[Injector]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The bugs that nothing was tuned on, as tests that run with `--all-mutations` only: each has to be noticed.
+
+        unseen, test_unseen = unseen_tests((case, injectors), (other_case, other_injectors))
+
+    Where it was located and what it was called are properties of the test in a JUnit report, and no condition.
+    """
+
+    @pytest.fixture(scope="module")
+    def unseen() -> dict[str, Mutation]:
+        return {item.name: item for case, own in runs for item in run_mutations(case, own, healthy=False)}
+
+    def test(unseen: dict[str, Mutation], injector: Injector, record_property: Callable[[str, Any], None]) -> None:
+        mutation = unseen[injector.name]
+        record_property("located", mutation.held)
+        record_property("sentence", mutation.sentence)
+        assert mutation.detected, "the harness did not notice"
+
+    test.injectors = {False: [], True: [injector for _, own in runs for injector in own]}
+    return unseen, test
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each injected bug, with `--all-mutations` for those too that are kept for it."""
     injectors = getattr(metafunc.function, "injectors", None)

@@ -19,6 +19,8 @@ from .adapters.base import Leaf
 from .leaves import NORMS
 from .symptoms import PART, REPAIR
 
+LAYER_LEAVES = ("weight", "kernel", "bias", "scale", "embedding")
+MAX_LIMITS = 8  # of an index that is clamped
 MAX_PAIRS = 16  # heads or channels of a bare parameter up to which every exchange of two is tried
 
 
@@ -74,12 +76,24 @@ def weights(subject: Subject, inside: bool = False) -> Iterator[Trial]:
                 # sigmoid(-x) is 1 - sigmoid(x), which is the better word for it
                 yield Trial(family, phrase, _loaded(subject, {name: value}), PART if family == "sign" else REPAIR)
     for (one, left), (two, right) in combinations(own.items(), 2):
-        if left.shape == right.shape and (left.layer, left.attribute) == (right.layer, right.attribute) and left.shape:
+        if left.shape == right.shape and left.shape and _alike(left, right):
             changes = {one: subject.weights[two], two: subject.weights[one]}
             yield Trial("swapped leaves", f"{subject.short(one)} and {subject.short(two)} exchanged", _loaded(subject, changes))
+    others = {} if inside else {name: leaf for name, leaf in subject.leaves.items() if name not in own and name not in subject.ties}
+    for one, left in own.items():
+        same = [two for two, right in others.items() if left.shape == right.shape and left.shape and _alike(left, right)
+                and not np.array_equal(subject.weights[one], subject.weights[two])]
+        for two in same[:MAX_PAIRS]:
+            yield Trial("swapped leaves", f"{subject.short(one)} holds {two}", _loaded(subject, {one: subject.weights[two]}))
     for name, leaf in own.items():
         for family, phrase, value in _permuted(subject.short(name), leaf, subject.weights[name]):
             yield Trial(family, phrase, _loaded(subject, {name: value}))
+
+
+def _alike(one: Leaf, other: Leaf) -> bool:
+    """Whether two leaves of one shape may be taken for each other: the same part of layers of one kind, or two bare parameters."""
+    bare = one.attribute not in LAYER_LEAVES and other.attribute not in LAYER_LEAVES
+    return (one.layer, one.attribute) == (other.layer, other.attribute) or (bare and one.layer == other.layer)
 
 
 def _changed(name: str, leaf: Leaf, value: np.ndarray, fresh: np.ndarray | None) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -100,6 +114,10 @@ def _changed(name: str, leaf: Leaf, value: np.ndarray, fresh: np.ndarray | None)
         yield "flipped convolution", f"kernel flipped ({name})", value[..., ::-1]
         for by in (1, -1):
             yield "shift in time", f"taps of {name} shifted by one", np.roll(value, by, -1)
+            yield "shift in time", f"taps of {name} shifted by one, the last one lost", _slid(value, value.shape[-1], by, value.ndim - 1)
+    if leaf.layer.startswith("embedding") and value.ndim == 2 and len(value) > 2:
+        for by in (1, -1):
+            yield "shift in time", f"rows of {name} shifted by one", np.roll(value, by, 0)
     yield "sign", f"{name} with the other sign", -value
     for dtype in ("bfloat16", "float16", "float32"):
         with np.errstate(over="ignore"):
@@ -110,7 +128,7 @@ def _changed(name: str, leaf: Leaf, value: np.ndarray, fresh: np.ndarray | None)
 def _permuted(name: str, leaf: Leaf, value: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
     """Blocks of the first axis exchanged: every two of them for a bare parameter, neighbours for the kernel of a layer."""
     count = value.shape[0] if value.ndim else 0
-    bare = leaf.attribute not in ("weight", "kernel", "bias", "scale", "embedding")
+    bare = leaf.attribute not in LAYER_LEAVES
     for blocks in range(2, min(count, MAX_PAIRS) + 1):
         if count % blocks:
             continue
@@ -158,6 +176,23 @@ def arguments(subject: Subject) -> Iterator[Trial]:
 
         cut = tree.map_leaves(before, (subject.args, subject.kwargs))
         yield Trial("state early", "the state from before the last step", lambda _: subject.call(*cut))
+    for place, value in enumerate(subject.args):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size > 1:
+            for limit in np.unique(value)[-MAX_LIMITS - 1:-1][::-1]:
+                yield Trial("index clamped", f"argument {place}, an index, clamped at {limit}", given({place: np.minimum(value, limit)}))
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            for one, two in combinations([item for item, leaf in enumerate(value) if _floating(leaf)], 2):
+                if value[one].shape == value[two].shape:
+                    order = list(value)
+                    order[one], order[two] = order[two], order[one]
+                    yield Trial("swapped arguments", f"{one} and {two} of argument {place} exchanged", given({place: type(value)(order)}))
+    for place, value in floats.items():
+        def scaled(factor: float, place: int = place, value: Any = value) -> Any:
+            return given({place: _mapped(lambda leaf: factor * leaf, value)})(0.0)
+
+        for factor in (2.0, 0.5):  # far from 1 in what is not linear, where a search does not arrive
+            yield Trial("scaled argument", f"argument {place} times {factor:g}", lambda _, factor=factor, scaled=scaled: scaled(factor), PART)
+        yield Trial("scaled argument", f"argument {place} times {{value:.6g}}", scaled, PART, 1.0)
     for one, two in combinations(floats, 2):
         if _shapes(floats[one]) == _shapes(floats[two]):
             yield Trial("swapped arguments", f"arguments {one} and {two} exchanged", given({one: floats[two], two: floats[one]}))
@@ -186,8 +221,8 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     return [np.shape(leaf) for leaf in tree.named(value).values()]
 
 
-def _slid(leaf: np.ndarray, time: int | None, by: int) -> np.ndarray:
-    axis = next((place for place, count in enumerate(leaf.shape) if count == time), None)
+def _slid(leaf: np.ndarray, time: int | None, by: int, axis: int | None = None) -> np.ndarray:
+    axis = next((place for place, count in enumerate(leaf.shape) if count == time), None) if axis is None else axis
     if axis is None:
         return leaf
     moved = np.roll(leaf, by, axis)
@@ -198,12 +233,16 @@ def _slid(leaf: np.ndarray, time: int | None, by: int) -> np.ndarray:
 
 
 def variations(subject: Subject, kind: str) -> Iterator[Trial]:
-    """Other settings of the module ("settings"), other functions inside it ("functions"): for adapters that can vary what they hold."""
+    """Other settings of the module ("settings"), other functions inside it ("functions"), other values that those read ("values").
+
+    For adapters that can vary what they hold.
+    """
     if not hasattr(subject.adapter, "variations"):
         return
     made = subject.adapter.variations(subject.path, subject.right)
     again = lambda: subject.call(subject.args, subject.kwargs)  # noqa: E731
-    for item in made.settings() if kind == "settings" else made.functions(again, subject.batch):
+    kinds = {"settings": made.settings, "functions": lambda: made.functions(again, subject.batch), "values": lambda: made.values(again)}
+    for item in kinds[kind]():
         def compute(value: float, item: Any = item) -> Any:
             with item.change(value):
                 return again()

@@ -87,7 +87,7 @@ def symptoms(expected: np.ndarray, found: np.ndarray, axes: Axes, *, given: Mapp
         return []
     relative = whole / size(expected) if np.any(expected) else math.inf
     made: list[Finding] = []
-    for make in (_grids, _copies, _constants, _averages, _permutations, _shifts, _scales, _places):
+    for make in (_grids, _copies, _constants, _averages, _permutations, _shifts, _scales, _dropped, _places):
         made += make(expected, found, axes, given or {}, dtype, place or 0)
     kept = [item for item in made if explains(item.left, relative, dtype)]
     if not kept:
@@ -221,6 +221,18 @@ def _scales(expected: np.ndarray, found: np.ndarray, axes: Axes, given: Mapping,
         if 2 * np.sum(np.abs(factors - 1.0) > 1e-9 * np.max(np.abs(factors))) > len(factors):
             phrase = "a factor per channel: a scale missing, or another one"
             yield Finding("slope per channel", phrase, left(expected, found, expected * factors), PART)
+
+
+def _dropped(expected: np.ndarray, found: np.ndarray, axes: Axes, given: Mapping, dtype: str, place: int) -> Iterator[Finding]:
+    """Some values zero and all others larger by one factor."""
+    zero = (found == 0.0) & (expected != 0.0)
+    kept = expected[~zero]
+    if expected.size < 20 or not zero.any() or not np.any(kept):
+        return
+    factor = float(np.vdot(kept, found[~zero]) / np.vdot(kept, kept))
+    if factor > 1.0 + 1e-9:
+        phrase = f"dropout left on: {zero.mean():.0%} of the values are zero, the others x {factor:.4g}"
+        yield Finding("dropout", phrase, left(expected, found, np.where(zero, 0.0, factor * expected)), FITTED)
 
 
 def _places(expected: np.ndarray, found: np.ndarray, axes: Axes, given: Mapping, dtype: str, place: int) -> Iterator[Finding]:

@@ -5,11 +5,14 @@ An alternative is `f(func, args, kwargs) -> result`; None from it means that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .torch_slips import slips
 
 Alternative = Callable[[Any, tuple, dict], Any]
 STOPPED, BATCH = "gradient stopped", "averaged over the batch"
@@ -19,9 +22,11 @@ CONSTANTS = ("mul", "add", "sub", "rsub", "div", "pow", "clamp")
 ACTIVATIONS: dict[str, Callable] = {
     "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": F.softplus, "exp": torch.exp,
 }
+REDUCTIONS: dict[str, Callable] = {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}
 COMPARED = {"gt": torch.ge, "ge": torch.gt, "lt": torch.le, "le": torch.lt}
 
 
+@functools.lru_cache(1024)
 def named(func: Any) -> str:
     """The name of a function without the underscores of an operator: `__rsub__` is "rsub", `x *= y` is "mul"."""
     name = getattr(func, "__name__", str(func)).strip("_")
@@ -80,6 +85,8 @@ def alternatives(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[
         for axis in range(len(shape)):
             if isinstance(held, int) and axis != held % len(shape):
                 yield "axis", f"{name} over axis {axis} for {held % len(shape)}", _on(lambda x, f=function, axis=axis: f(x, axis)), True
+        if name == "softmax":
+            yield "activation", "sigmoid for softmax", _on(torch.sigmoid), True
     if name in ("layer_norm", "rms_norm", "group_norm"):
         yield from _norms(name, kwargs)
     if name in ("var", "std", "var_mean", "std_mean"):
@@ -91,8 +98,11 @@ def alternatives(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[
         for by in (1, -1):
             yield "mask off by one", f"{name} off by one", (lambda func, given, _, by=by: func(
                 given[0], (given[1] if len(given) > 1 else _.get("diagonal", 0)) + by)), True
+        yield "mask missing", f"a missing {name}", _on(lambda x: x), True
     if name in ("argmin", "argmax"):
         yield "tie", f"the last of equal values for the first in {name}", _last_of_equal, True
+        other = "argmax" if name == "argmin" else "argmin"
+        yield "extreme", f"{other} for {name}", (lambda func, given, rest: getattr(torch, other)(*given, **rest)), True
     if name in COMPARED or name in ("eq", "ne"):
         if name in COMPARED:
             yield "condition", f"{COMPARED[name].__name__} for {name}", (lambda func, given, _: COMPARED[name](*given)), True
@@ -118,6 +128,12 @@ def alternatives(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[
     if name in ("cat", "concat", "stack", "concatenate"):
         yield "split order", f"the parts of {name} in the other order", (
             lambda func, given, rest: func(tuple(reversed(given[0])), *given[1:], **rest)), True
+        count = len(args[0]) if args and isinstance(args[0], list) else 0
+        for one in range(count - 1 if 2 < count < 9 else 0):
+            yield "split order", f"parts {one} and {one + 1} of {name} exchanged", (lambda func, given, rest, one=one: func(
+                (*given[0][:one], given[0][one + 1], given[0][one], *given[0][one + 2:]), *given[1:], **rest)), True
+    if name in REDUCTIONS:
+        yield from _reductions(name, args, kwargs)
     if name == "pad":
         yield "padding side", "padded on the other side", _other_side, True
     if name in ("and", "logical_and", "bitwise_and"):
@@ -135,8 +151,39 @@ def alternatives(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[
             yield f"missing {words[name]}", f"a missing {words[name]}", _operand(place), False
         if name == "div":
             yield "missing division", "a product for a quotient", lambda func, given, _: given[0] * given[1], False
-    if name in ("sqrt", "rsqrt", "square", "neg", "abs", "log", "reciprocal", "pow"):
+    if name == "neg":
+        yield "sign", "a missing minus", _on(lambda x: x), False
+    if name in ("sqrt", "rsqrt", "square", "abs", "log", "reciprocal", "pow"):
         yield "missing function", f"a missing {name}", _on(lambda x: x), False
+    yield from slips(name, args, kwargs)
+
+
+def _reductions(name: str, args: tuple, kwargs: dict) -> Iterator[tuple[str, str, Alternative, bool]]:
+    """A sum or a mean over other axes (where the result keeps its number of axes), and another reduction over the same ones."""
+    shape, held = args[0] if args and isinstance(args[0], torch.Size) else (), kwargs.get("dim", args[1] if len(args) > 1 else None)
+    keeps = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
+    axes = [held] if isinstance(held, int) else (list(held) if isinstance(held, (tuple, list)) else [])
+    axes = [axis % len(shape) for axis in axes if isinstance(axis, int) and shape]
+    if not axes:
+        return
+    places = range(len(shape))
+    others = [(axis,) for axis in places] + [(axis, axis + 1) for axis in places[:-1]] + [(axis, axis + 1, axis + 2) for axis in places[:-2]]
+    for other in others:
+        if sorted(other) != sorted(axes) and keeps:
+            yield "axis", f"{name} over {_listed(other)} for {_listed(axes)}", (
+                lambda func, given, _, other=other: func(given[0], other, keepdim=True)), True
+    for word, function in REDUCTIONS.items():
+        if word != name:
+            yield "reduction", f"{word} for {name}", _on(lambda x, f=function: f(x, tuple(axes), keeps)), False
+    for word, at in (("first", 0), ("last", -1)):
+        if len(axes) == 1:
+            yield "reduction", f"the {word} entry for the {name}", _on(
+                lambda x, at=at: x.narrow(axes[0], at % x.shape[axes[0]], 1) if keeps else x.select(axes[0], at)), False
+
+
+def _listed(axes: Iterable[int]) -> str:
+    axes = list(axes)
+    return f"axis {axes[0]}" if len(axes) == 1 else f"axes {', '.join(map(str, axes[:-1]))} and {axes[-1]}"
 
 
 def _norms(name: str, kwargs: dict) -> Iterator[tuple[str, str, Alternative, bool]]:
@@ -223,3 +270,10 @@ def stopped(name: str) -> Iterator[tuple[str, Alternative]]:
             return result.detach() if isinstance(result, torch.Tensor) and result.is_floating_point() else None
 
         yield f"a gradient stopped at {name}", detached
+        for place in (0, 1):
+            def one_detached(func: Any, args: tuple, kwargs: dict, place: int = place) -> Any:
+                if len(args) <= place or not isinstance(args[place], torch.Tensor) or not args[place].is_floating_point():
+                    return None
+                return func(*args[:place], args[place].detach(), *args[place + 1:], **kwargs)
+
+            yield f"the gradient through operand {place} of {name} stopped", one_detached

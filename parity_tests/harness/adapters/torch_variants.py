@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .torch_alternatives import BATCH, CASTS, CONSTANTS, RESHAPES, STOPPED, alternatives, averaged, cast, named, other_order, stopped
+from .torch_sites import Recorder, site_of
+from .torch_values import readings
 
-TORCH = os.path.dirname(torch.__file__)
 MAX_SITES = 300
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 0.0)
 
@@ -39,21 +39,6 @@ class Variation:
     change: Callable[[float], Any]
     value: float | None = None
     particular: bool = True
-
-
-class Site:
-    """A place at which a function is called: its name, the code around it, how often, and what it was given first."""
-
-    def __init__(self, name: str, code: Any, line: int) -> None:
-        self.name, self.code, self.line = name, code, line
-        self.args: tuple = ()
-        self.kwargs: dict = {}
-        self.result: Any = None
-
-    @property
-    def where(self) -> str:
-        """"in step_size, layers.py:49"."""
-        return f"in {self.code.co_name}, {os.path.basename(self.code.co_filename)}:{self.line}"
 
 
 class Variations:
@@ -77,38 +62,51 @@ class Variations:
                         made += self._setting(path, module, name, field.name, getattr(value, field.name))
                 else:
                     made += self._setting(path, module, name, None, value)
-        order = {str: 0, bool: 1, int: 2, float: 3}
+        order = {str: 0, bool: 1, int: 2, tuple: 3, float: 4}
         for _, item in sorted(made, key=lambda entry: (entry[1].value is not None, order[entry[0]])):
             yield item
 
     def functions(self, run: Callable[[], Any], batch: int | None, *, gradients: bool = False) -> Iterator[Variation]:
         """Every function that `run` calls, with what a port may have written in its place."""
-        recorder = _Recorder()
+        recorder = Recorder()
         with recorder.outside(self.right), recorder:
             run()
         sites = dict(list(recorder.sites.items())[:MAX_SITES])
-        if gradients:
-            for key, site in sites.items():
-                for name, alternative in stopped(site.name):
-                    yield Variation(STOPPED, f"{name} {site.where}", _at({key}, alternative))
-            return
         outer: dict[tuple, set] = {}
         for key, site in sites.items():
             outer.setdefault((key[0], site.name), set()).add(key)
         groups = [(keys, sites[next(iter(keys))]) for keys in outer.values()]
         groups += [({key}, site) for key, site in sites.items() if len(outer[key[0], site.name]) > 1]
+        if gradients:
+            for keys, site in groups:
+                for name, alternative in stopped(site.name):
+                    yield Variation(STOPPED, f"{name} {site.where}", _at(keys, alternative))
+            return
         alike: dict[tuple, set] = {}
+        callers: dict[tuple, set] = {}
         for key, site in sites.items():
             alike.setdefault((site.code, site.name), set()).add(key)
+            callers.setdefault((key[0], key[1][0], site.name) if len(key) > 2 else key, set()).add(key)
         groups += [(keys, sites[next(iter(keys))]) for keys in alike.values() if len({key[0] for key in keys}) > 1]
-        for particular in (True, False):
-            for keys, site in groups:
-                for family, phrase, alternative, exact in alternatives(site.name, site.args, site.kwargs, site.result):
-                    if exact is particular:
-                        yield Variation(family, f"{phrase} {site.where}", _at(keys, alternative), particular=particular)
-        reshaped = {key for key, site in sites.items() if site.name in RESHAPES}
-        if reshaped:
-            yield Variation("axis", "channels split or joined in the other order", _at(reshaped, other_order))
+        groups += [(keys, sites[next(iter(keys))]) for (place, *_, name), keys in callers.items() if 1 < len(keys) < len(outer[place, name])]
+        made = [(item, keys, site) for keys, site in groups for item in alternatives(site.name, site.args, site.kwargs, site.result)]
+        for (family, phrase, alternative, particular), keys, site in made:
+            if particular:
+                yield Variation(family, f"{phrase} {site.where}", _at(keys, alternative))
+        reshaped = {key: site for key, site in sites.items() if site.name in RESHAPES}
+        apart = {key for key, site in reshaped.items() if _ndim(site.result) > _ndim(site.args[0] if site.args else None)}
+        for what, keys in (("split or joined", set(reshaped)), ("split", apart), ("joined", set(reshaped) - apart)):
+            if keys and (what == "split or joined" or len(keys) < len(reshaped)):
+                yield Variation("axis", f"channels {what} in the other order", _at(keys, other_order))
+        for (family, phrase, alternative, particular), keys, site in made:
+            if not particular:
+                yield Variation(family, f"{phrase} {site.where}", _at(keys, alternative), particular=False)
+        for keys, site in groups:
+            for place, value in enumerate(site.args):
+                if site.name in CONSTANTS and isinstance(value, float) and value != 0.0:
+                    yield Variation("constant", f"{{value:.6g}} for {value:.6g} {site.where}", _constant(keys, place), value, particular=False)
+            if site.name in ("sqrt", "rsqrt"):
+                yield Variation("epsilon", f"{{value:.3g}} added inside the root {site.where}", _added(keys), 0.0, particular=False)
         if batch is not None and batch > 1:
             for keys, site in groups:
                 if isinstance(site.result, torch.Size) and site.result and site.result[0] == batch:
@@ -117,10 +115,11 @@ class Variations:
             if isinstance(site.result, torch.Size) and site.name in CASTS:
                 for dtype in ("float32", "bfloat16", "float16"):
                     yield Variation("low precision", f"{site.name} in {dtype} {site.where}", _at(keys, cast(dtype)), particular=False)
-        for keys, site in groups:
-            for place, value in enumerate(site.args):
-                if site.name in CONSTANTS and isinstance(value, float) and value != 0.0:
-                    yield Variation("constant", f"{{value:.6g}} for {value:.6g} {site.where}", _constant(keys, place), value, particular=False)
+
+    def values(self, run: Callable[[], Any]) -> Iterator[Variation]:
+        """Every function that `run` calls, reading the value from before or after an update in the place of one of its arguments."""
+        for family, phrase, change in readings(run, self.right):
+            yield Variation(family, phrase, change, particular=False)
 
     def _setting(self, path: str, module: Any, name: str, field: str | None, value: Any) -> Iterator[tuple[type, Variation]]:
         spelled = f"{path}.{field or name}" if path else (field or name)
@@ -129,15 +128,19 @@ class Variations:
             held = getattr(module, name)
             return _replaced(module, name, other if field is None else _with(held, field, other))
 
+        packages = {type(module).__module__.partition(".")[0]} | ({type(getattr(module, name)).__module__.partition(".")[0]} if field else set())
         family = "epsilon" if "eps" in spelled.rpartition(".")[2] else "setting"
         if isinstance(value, bool):
             options: tuple = (not value,)
         elif isinstance(value, int):
             options = tuple(dict.fromkeys(other for other in (value + 1, value - 1, 2 * value, value // 2, 1, 0) if other != value and other >= 0))
         elif isinstance(value, str):
-            options = tuple(sorted(_words(type(module).__module__.partition(".")[0], field or name, value)))
+            options = tuple(sorted(set().union(*(_words(package, field or name, value) for package in packages))))
         elif isinstance(value, float):
-            options = tuple(other for other in (EPSILONS if family == "epsilon" else (0.0, 1.0)) if other != value)
+            usual = EPSILONS if family == "epsilon" else (0.0, 1.0, *((0.1, 10.0, 100.0) if value == 0.0 else ()))  # zero may mean "off"
+            options = tuple(other for other in usual if other != value)
+        elif isinstance(value, tuple) and len(value) > 1 and all(type(item) in (int, float) for item in value):
+            options = tuple(other for other in dict.fromkeys((value[::-1], *((item,) * len(value) for item in value))) if other != value)
         else:
             return
         for other in options:
@@ -202,72 +205,18 @@ def _words(package: str, field: str, value: str) -> frozenset[str]:
     return frozenset(found - {value})
 
 
-def _site(skip: int) -> tuple[tuple, Any, int] | None:
-    """Where a function is being called: the innermost place outside of torch, and the place that called its code."""
-    frame, chain = sys._getframe(skip), []
-    while frame is not None and len(chain) < 2:
-        if not frame.f_code.co_filename.startswith(TORCH) and frame.f_code.co_filename != __file__:
-            chain.append((frame.f_code, frame.f_lasti, frame.f_lineno))
-        frame = frame.f_back
-    if not chain:
-        return None
-    inner = chain[0]
-    return ((inner[0], inner[1]), *(item[:2] for item in chain[1:])), inner[0], inner[2]
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes every site; computes what is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: dict[tuple, Site] = {}
-        self.inside = 0
-
-    @contextlib.contextmanager
-    def outside(self, modules: list[torch.nn.Module]) -> Iterator[None]:
-        """Note nothing while one of these modules computes."""
-        def move(by: int) -> Callable:
-            def hook(*_: Any) -> None:
-                self.inside += by
-
-            return hook
-
-        handles = [handle for module in modules for handle in (module.register_forward_pre_hook(move(1)), module.register_forward_hook(move(-1)))]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        found = None if self.inside else _site(2)
-        if found is not None:
-            key = (*found[0], named(func))
-            if key not in self.sites:
-                site = self.sites[key] = Site(named(func), *found[1:])
-                site.args, site.kwargs = tuple(map(_shape, args)), {name: _shape(value) for name, value in (kwargs or {}).items()}
-                site.result = _shape(result)
-        return result
-
-
-def _shape(value: Any) -> Any:
-    """What is kept of an argument: the shape of a tensor, anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        return value.shape
-    return [_shape(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 class _Changed(TorchFunctionMode):
     """Computes `alternative(func, args, kwargs)` at some sites; None from it means that the function itself is meant."""
 
     def __init__(self, keys: set, alternative: Callable) -> None:
         super().__init__()
         self.keys, self.alternative = keys, alternative
+        self.names = {key[-1] for key in keys}  # told before the frames are looked through, which takes longer than most functions
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        found = _site(2)
-        if found is not None and (*found[0], named(func)) in self.keys:
+        name = named(func)
+        found = site_of(2) if name in self.names else None
+        if found is not None and (*found[0], name) in self.keys:
             made = self.alternative(func, args, kwargs or {})
             if made is not None:
                 return made
@@ -283,3 +232,11 @@ def _constant(keys: set, place: int) -> Callable[[float], Any]:
         return _Changed(keys, lambda func, args, kwargs: func(*args[:place], value, *args[place + 1:], **kwargs))
 
     return change
+
+
+def _added(keys: set) -> Callable[[float], Any]:
+    return lambda value: _Changed(keys, lambda func, args, kwargs: func(args[0] + value, *args[1:], **kwargs))
+
+
+def _ndim(value: Any) -> int:
+    return len(value) if isinstance(value, torch.Size) else 0

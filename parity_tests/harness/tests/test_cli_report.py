@@ -108,6 +108,8 @@ def test_bugs_that_are_killed(place: Path, capsys: pytest.CaptureFixture) -> Non
     found = report.mutations_from_json((place / "all.json").read_text())["mutated"]
     assert [(item.name, item.held, item.unseen, item.named) for item in found] == [("w x 1.5", True, False, False), ("w x 2.0", True, True, None)]
     assert json.loads((place / "all.json").read_text())["held"] is True
+    assert main(["run", "bugs.py:mutated", "--mutations", "--quiet", "--summary"]) == 0
+    assert capsys.readouterr().out.count("killed 1 of 1") == 2
     assert main(["report", "all.json", "--html", "again.html"]) == 0
     assert (place / "again.html").read_text().replace("Parity report", "Injected bugs") == (place / "all.html").read_text()
 

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import erf
 
 from parity_tests.harness import report
+from parity_tests.harness.adapters import opened
 from parity_tests.harness.adapters.callable_adapter import Engine
 from parity_tests.harness.battery import Result, run_case
 from parity_tests.harness.case import Case
@@ -48,6 +49,7 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
     ("one channel", at((..., 4))), ("one row", at((2,))), ("last token", at((slice(None), -1))), ("first steps", at((slice(None), slice(0, 2)))),
     ("last chunk", at((slice(None), slice(8, None)))), ("one head", at((..., slice(10, 15)))),
     ("low precision", bfloat16), ("low precision", lambda x: x.astype(np.float32).astype(np.float64)),
+    ("dropout", lambda x: np.where(np.random.default_rng(5).random(x.shape) < 0.1, 0.0, x / 0.9)),
     ("zero", np.zeros_like), ("NaN made", at((0, 0, 0), np.nan)),
     ("growth with t", lambda x: x + 1e-5 * np.arange(1, 12)[:, None] ** 3 * np.random.default_rng(2).normal(size=x.shape)),
 ])
@@ -91,6 +93,51 @@ def test_blocks_of_a_permutation() -> None:
 
 
 torch = pytest.importorskip("torch")
+
+
+def sample_variance(x: np.ndarray, eps: float) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True, ddof=1) + eps)
+
+
+@pytest.mark.parametrize(("function", "family", "phrase", "expected"), [
+    (lambda x: torch.nn.functional.layer_norm(x, (35,), eps=0.1), "ddof", "variance over n - 1", lambda x: sample_variance(x, 0.1)),
+    (lambda x: torch.nn.functional.layer_norm(x, (35,), eps=0.1), "epsilon", "outside the root",
+     lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 0.1)),
+    (lambda x: x.mean((0, 1)), "ddof", "mean over n - 1", lambda x: x.sum((0, 1)) / 32),
+    (lambda x: torch.exp(-torch.exp(x)), "decay", "sigmoid for exp", lambda x: 1 / (1 + np.exp(-x))),
+    (lambda x: torch.stack(list(x.unbind(1)), 1), "shift in time", "one step late", lambda x: np.concatenate([0 * x[:, :1], x[:, :-1]], 1)),
+    (lambda x: x[:, -1, 2:], "state early", "first entry for the last", lambda x: x[:, 0, 2:]),
+])
+def test_a_slip_at_one_place(function: Callable, family: str, phrase: str, expected: Callable) -> None:
+    """Every offered change of one function that has this name computes what a port with the slip would."""
+    from parity_tests.harness.adapters.torch_variants import Variations
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    model, x = Model(), torch.tensor(X)
+    found = [item for item in Variations(model, "").functions(lambda: model(x), 3) if item.family == family and phrase in item.phrase]
+    assert found
+    made = []
+    for item in found:
+        with item.change(0.0):
+            made.append(model(x).numpy())
+    assert any(np.shape(value) == np.shape(expected(X)) and np.allclose(value, expected(X), rtol=0, atol=1e-12) for value in made)
+
+
+def test_a_slip_in_a_layer_of_torch_that_is_called_by_itself() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(35, eps=0.1)
+
+    adapter = opened(Case("norm", Model, Model, lambda seed: {"x": X}), "reference", "float64")
+    found = adapter.variations("norm", frozenset()).functions(lambda: adapter.call("norm", (X,), {}), 3)
+    slip = next(item for item in found if item.family == "ddof")
+    assert "in forward, normalization.py" in slip.phrase
+    with slip.change(0.0):
+        np.testing.assert_allclose(adapter.call("norm", (X,), {}), sample_variance(X, 0.1), rtol=0, atol=1e-12)  # values of order 1
 
 
 class Gated(torch.nn.Module):

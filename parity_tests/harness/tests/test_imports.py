@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 HARNESS = Path(__file__).parents[1]
-HOMES = {"torch": ("adapters/torch_adapter.py", "adapters/torch_variants.py", "adapters/torch_alternatives.py"), "safetensors": ("formats.py",),
+HOMES = {"torch": tuple(f"adapters/torch_{name}.py" for name in ("adapter", "alternatives", "sites", "slips", "values", "variants")),
+         "safetensors": ("formats.py",),
          **dict.fromkeys(("jax", "flax", "optax"), tuple(f"adapters/{name}.py" for name in (
              "nnx_adapter", "nnx_trace", "nnx_injectors", "nnx_injectors_more", "linen_adapter", "jax_shared")))}
 OURS = ("conf", "torch_impl", "jax_impl", "runtime", "cython_ext", "experiments")

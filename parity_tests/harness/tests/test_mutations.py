@@ -16,7 +16,8 @@ from flax import nnx
 
 from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters import nnx_injectors_more as more
-from parity_tests.harness.case import CaseError
+from parity_tests.harness.adapters.callable_adapter import Engine
+from parity_tests.harness.case import Case, CaseError
 from parity_tests.harness.mutate import Injector, run_mutations
 from parity_tests.harness.plugin import mutation_tests
 from parity_tests.harness.tests import toy, toy_nnx
@@ -128,11 +129,13 @@ def test_the_tier_that_notices_what_no_forward_pass_shows(found: dict) -> None:
 
 
 def test_a_bug_that_raises_is_refused() -> None:
-    def boom(*_: object) -> object:
-        raise IndexError("out of range")
+    def engine() -> Engine:
+        return Engine(lambda arrays: lambda x: x[:, int(arrays["w"][0])], {"w": np.zeros(1)})
 
-    with pytest.raises(CaseError, match="computes nothing wrong, it raises: the candidate raised IndexError: out of range"):
-        run_mutations(replace(CASE, regimes=("as is",)), (bugs.changed_module("boom", "norm_out", around=boom),), healthy=False)
+    case = Case("column", engine, engine, lambda seed: {"x": np.random.default_rng(seed).normal(size=(3, 5))},
+                leaves={"w": lambda rng, shape: np.ones(shape)})
+    with pytest.raises(CaseError, match="'boom' of case 'column' computes nothing wrong, it raises: the candidate raised IndexError: index 9 is out"):
+        run_mutations(case, (Injector("boom", "", weights=lambda weights, _: {"w": 9.0 * weights["w"]}),), healthy=False)
 
 
 def test_a_convolution_padded_on_the_other_side_sees_the_future() -> None:
