@@ -130,7 +130,8 @@ def rounded(
     choice does not depend on the precision (the margin is large enough), and are not compared elsewhere. Values that leave the range of the
     precision in the reference itself are left out, and the check says how many: nothing measures the candidate there.
     `neighbours` gives further pairs (oracle, own) on inputs a few roundings away. They are asked for where the error is too large: a reference
-    that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is.
+    that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is; rows that are rounding around
+    there are left out.
     `excused` is called with the name of a leaf of which the reference has no finite value; without it, such a leaf is a failure.
     """
     left, middle, right = _arrays(oracle), _arrays(own), _arrays(candidate)
@@ -167,10 +168,14 @@ def rounded(
         check = _band(place, name, found, reference.error_rms, bounds, rule, on, int(lost.sum()))
         if not check.held and neighbours is not None:
             around = [tuple(map(_arrays, pair)) for pair in neighbours()] if around is None else around
-            errors = [measure(*(_wide(pair[name], lost, expected) for pair in pairs), check_dtype=False).error_rms for pairs in around]
-            typical = float(np.median(errors)) if errors else 0.0
-            own_error = max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms
-            check = _band(place, name, found, own_error, bounds, rule, on, int(lost.sum()))
+            if around:
+                wides = [_wide(value, lost, expected) for value in (expected, right[name], middle[name])]
+                errors = np.stack([_wide(low[name], lost, expected) - _wide(wide[name], lost, expected) for wide, low in around])
+                rows = _well_posed(errors, found.reference_rms, place.dtype)
+                found, reference = (measure(wides[0][rows], value[rows], check_dtype=False) for value in wides[1:])
+                typical = float(np.median([np.sqrt(np.mean(np.square(error[rows]))) for error in errors]))
+                own_error = max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms
+                check = _band(place, name, found, own_error, bounds, rule, on, int(lost.sum()))
         checks.append(check)
         checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
     return checks
@@ -189,6 +194,19 @@ def _wide(value: np.ndarray, lost: np.ndarray, oracle: np.ndarray) -> np.ndarray
         return value
     wide = value.astype(np.float64)
     return np.where(lost, 0.0, wide) if lost.any() else wide
+
+
+def _well_posed(errors: np.ndarray, rms: float, dtype: str) -> np.ndarray:
+    """The rows (of the last axis) of a leaf of which the reference computes half of the digits at least on neighbouring inputs, whose errors are
+    given (K, ...). Where it does not (a norm over equal values, with an epsilon of 1e-12) neither side computes anything but rounding.
+
+    All rows where none is left, or where there are no rows.
+    """
+    everything = np.ones(errors.shape[1:-1], bool)
+    if errors.ndim < 3:
+        return everything
+    kept = np.median(np.sqrt(np.mean(np.square(errors), -1)), 0) <= math.sqrt(EPS[dtype]) * rms
+    return kept if kept.any() else everything
 
 
 def _band(place: Place, name: str, found: Measure, own: float, bounds: Bounds, rule: int, on: str, lost: int = 0) -> Check:
