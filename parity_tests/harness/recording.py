@@ -146,7 +146,8 @@ class Recording:
                 if regime.name == AS_IS:
                     if isinstance(error, CaseError):
                         raise
-                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run on {self.case.shown(inputs)}: {raised(error)}") from error
+                    given = self.case.shown(inputs)
+                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run on {given}: {raised(error)}") from error
                 raise Skip(f"the reference refuses it: {error}") from error
             if digest(again.outputs) != digest(run.outputs):
                 raise CaseError(f"the reference of case {self.case.name!r} gives other outputs when it is called again with the same weights and "
