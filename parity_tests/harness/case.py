@@ -38,11 +38,6 @@ def _is_model(value: Any) -> bool:
     return any(cls.__name__ == "Module" and cls.__module__.startswith(("torch.nn", "flax.nnx", "flax.linen")) for cls in type(value).__mro__)
 
 
-def shown(inputs: Mapping[str, np.ndarray]) -> str:
-    """Inputs as errors name them: x (3, 5) float64, ids (3, 7) int64."""
-    return ", ".join(f"{name} {value.shape} {value.dtype}" for name, value in inputs.items())
-
-
 def missing(error: BaseException) -> str:
     """What to do about a framework that is not there."""
     name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
@@ -215,6 +210,11 @@ class Case:
             if not isinstance(value, np.ndarray):
                 raise CaseError(f"input {name!r} of case {self.name!r} must be a NumPy array, found {type(value).__name__}")
         return dict(given)
+
+    @staticmethod
+    def shown(inputs: Mapping[str, np.ndarray]) -> str:
+        """Inputs as errors name them: x (3, 5) float64, ids (3, 7) int64."""
+        return ", ".join(f"{name} {value.shape} {value.dtype}" for name, value in inputs.items())
 
     def along(self, inputs: Mapping[str, np.ndarray]) -> tuple[str, ...]:
         """Names of the inputs that have a time axis."""

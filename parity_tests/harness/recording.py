@@ -14,7 +14,7 @@ import numpy as np
 from . import mapping, tree
 from .adapters import opened
 from .adapters.base import Adapter, Call, Run, Unsupported, digest
-from .case import Case, CaseError, raised, shown
+from .case import Case, CaseError, raised
 from .compare import EPS
 from .leaves import randomised
 from .regimes import AS_IS, BY_NAME, Regime, chosen, transformed
@@ -164,7 +164,8 @@ class Recording:
                 if regime.name == AS_IS:
                     if isinstance(error, CaseError):
                         raise
-                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run on {shown(inputs)}: {raised(error)}") from error
+                    given = self.case.shown(inputs)
+                    raise CaseError(f"the reference of case {self.case.name!r} cannot be run on {given}: {raised(error)}") from error
                 raise Skip(f"the reference refuses it: {error}") from error
             if digest(again.outputs) != digest(run.outputs):
                 raise CaseError(f"the reference of case {self.case.name!r} gives other outputs when it is called again with the same weights and "
