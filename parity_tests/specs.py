@@ -152,14 +152,17 @@ LAYER_BOUNDS = (
 )
 
 
+HOLDING = ("", "blocks.?", "*delta")  # what is given a state of the delta rule
+
+
 def delta_bounds(rule: str) -> tuple[Bound, ...]:
     """LAYER_BOUNDS, and what a layer on the plain rule may lose under an offset of all that it is given, its state included."""
     reason = ("the offset makes beta one and keys and queries parallel, so that a read cancels the state of 100 that the write erased, and the norm "
               "of the heads divides what is left by as little as sqrt(1e-6): 1e5 eps, which the order of the sums decides")
     if rule != "plain":
         return LAYER_BOUNDS
-    forced = (Bound(1e-10, reason, on=on, where=where, regime="+ 100") for on, where in (("forced", "*delta"), ("free", "")))
-    return (*LAYER_BOUNDS, *forced, *(Bound(2e5, reason, on="floor", where=where, regime="+ 100*") for where in ("*delta", "")))
+    forced = (Bound(1e-10, reason, on=on, where=where, regime="+ 100") for where in HOLDING for on in ("forced", "free"))
+    return (*LAYER_BOUNDS, *forced, *(Bound(2e5, reason, on="floor", where=where, regime="+ 100*") for where in HOLDING))
 
 
 INSIDE_THE_RULE = {
