@@ -153,12 +153,17 @@ LAYER_BOUNDS = (
 )
 
 
-def delta_bounds(impl: str, rule: str) -> tuple[Bound, ...]:
-    """LAYER_BOUNDS, and what the chunks of the port may lose against the recurrence of the plain rule."""
-    reason = ("the offset makes queries and keys parallel and beta one, so that a read cancels the state that was erased, and the norm of the heads "
-              "scales up what is left: the recurrence keeps a digit more there than torch's own chunks, and two more than the port's (125 times)")
-    cancelling = [("*delta", "+ 100"), ("", "+ 100, end to end")] if (impl, rule) == ("recurrent", "plain") else []
-    return (*LAYER_BOUNDS, *(Bound(512.0, reason, on="float32", where=where, regime=regime) for where, regime in cancelling))
+HOLDING = ("", "blocks.?", "*delta")  # what is given a state of the delta rule
+
+
+def delta_bounds(rule: str) -> tuple[Bound, ...]:
+    """LAYER_BOUNDS, and what a layer on the plain rule may lose under an offset of all that it is given, its state included."""
+    reason = ("the offset makes beta one and keys and queries parallel, so that a read cancels the state of 100 that the write erased, and the norm "
+              "of the heads divides what is left by as little as sqrt(1e-6): 1e5 eps, which the order of the sums decides")
+    if rule != "plain":
+        return LAYER_BOUNDS
+    forced = (Bound(1e-10, reason, on=on, where=where, regime="+ 100") for where in HOLDING for on in ("forced", "free"))
+    return (*LAYER_BOUNDS, *forced, *(Bound(2e5, reason, on="floor", where=where, regime="+ 100*") for where in HOLDING))
 
 
 INSIDE_THE_RULE = {
@@ -242,7 +247,7 @@ def layer(
         call=(call, call),
         leaves=rule_leaves("") if hierarchical else {},
         regimes=regimes,
-        bounds=delta_bounds(impl, choices["rule"]),
+        bounds=delta_bounds(choices["rule"]),
         not_forced=INSIDE_THE_RULE if hierarchical else {},
         unobservable={"o_norm.gate": "kept for layers without an output gate"} if choices.get("output_gate", True) else {},
         sizes={"batch": batch, "length": length, "dim": dim, "heads": heads, "head_dim": width, "chunk": chunk},
@@ -270,7 +275,7 @@ def deltanet_lm(
         states=StateProtocol(initial=states, detached=True, split_length=split),
         trajectory=Trajectory(lr=3e-3),
         loss=(torch_loss, jax_loss),
-        bounds=delta_bounds(impl, "plain"),
+        bounds=delta_bounds("plain"),
         unpaired={"lm_head": "the port ties its head by attending to the embedding"},
         unobservable={"blocks.*.o_norm.gate": "kept for layers without an output gate"},
         sizes={"batch": batch, "length": length, "vocab": config.vocab_size, "dim": config.dim, "heads": config.heads,

@@ -15,6 +15,8 @@ from .measure import Measure, MeasureError, measure
 from .regimes import PLANTED
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# what is smaller may be zero: below the least normal number XLA's programs take it for that, in float16 below the least of all
+NORMAL = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 RULES = {
     1: "shapes, dtypes and leaves", 2: "meaning (float64)", 3: "rounding (float32)", 4: "rounding (half precision)", 5: "splits and states",
     6: "optimiser", 7: "side effects", 8: "observability", 9: "conversion", 10: "cosine",
@@ -126,9 +128,9 @@ def rounded(
 ) -> list[Check]:
     """Compare a candidate in low precision against the float64 oracle, with the reference's own error in that precision as the measure.
 
-    Allowed: max(factor x own error, floor x eps x RMS of the oracle), all as RMS. Discrete leaves are compared where the reference's own
-    choice does not depend on the precision (the margin is large enough), and are not compared elsewhere. Values that leave the range of the
-    precision in the reference itself are left out, and the check says how many: nothing measures the candidate there.
+    Allowed: max(factor x own error, floor x eps x RMS of the oracle, the least normal number), all as RMS. Discrete leaves are compared where the
+    reference's own choice does not depend on the precision (the margin is large enough), and are not compared elsewhere. Values that leave the
+    range of the precision in the reference itself are left out, and the check says how many: nothing measures the candidate there.
     `neighbours` gives further pairs (oracle, own) on inputs a few roundings away. They are asked for where the error is too large: a reference
     that happens to hit its few values nearly exactly is no measure, and the median of its errors around there is; rows that are rounding around
     there are left out.
@@ -177,7 +179,7 @@ def rounded(
                 own_error = max(reference.error_rms, typical) if math.isfinite(typical) else reference.error_rms
                 check = _band(place, name, found, own_error, bounds, rule, on, int(lost.sum()))
         checks.append(check)
-        checks += _cosine(place, name, found, bounds) if found.reference_rms > 0.0 and reference.cosine >= 0.999 else []
+        checks += _cosine(place, name, found, bounds) if found.reference_rms > NORMAL[place.dtype] and reference.cosine >= 0.999 else []
     return checks
 
 
@@ -211,7 +213,7 @@ def _well_posed(errors: np.ndarray, rms: float, dtype: str) -> np.ndarray:
 
 def _band(place: Place, name: str, found: Measure, own: float, bounds: Bounds, rule: int, on: str, lost: int = 0) -> Check:
     factor, floor = (bounds.find(quantity, place.where, place.regime) for quantity in (on, "floor"))
-    allowed = max(factor.value * own, floor.value * EPS[place.dtype] * found.reference_rms)
+    allowed = max(factor.value * own, floor.value * EPS[place.dtype] * found.reference_rms, NORMAL[place.dtype])
     scale = found.reference_rms if found.reference_rms > 0.0 else 1.0
     held = found.error_rms <= allowed
     reason = f"{factor.value:g} x the reference's own error: {factor.reason}"

@@ -16,7 +16,9 @@ from flax import nnx
 
 from parity_tests.harness import tree
 from parity_tests.harness.battery import Battery
+from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.case import Case
+from parity_tests.harness.compare import Place, rounded
 from parity_tests.harness.recording import Recording
 from parity_tests.harness.regimes import BY_NAME
 
@@ -86,6 +88,49 @@ def test_a_reference_that_is_right_by_luck_is_no_measure(seed: int, monkeypatch:
     monkeypatch.setattr(Recording, "neighbours", lambda *_: [])
     alarms = {(check.where, check.regime): check.value / check.own_error for check in Battery(case).tier("rounding").checks if not check.held}
     assert alarms.keys() == {("norm", "+ 100"), ("", "+ 100, end to end")} and min(alarms.values()) > 20
+
+
+def test_rows_that_are_rounding_on_both_sides_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded row is constant, and an epsilon of 1e-12 makes ones of the last bit of its mean; the others still show a variance in one pass."""
+    def padded(seed: int) -> dict[str, np.ndarray]:
+        return {"x": inputs(seed)["x"][[0, 1, 2, 0, 1]] * np.array([1.0, 1.0, 1.0, 0.0, 0.0])[:, None]}
+
+    def reference() -> torch.nn.Module:
+        module = Normed()
+        module.norm.eps = 1e-12
+        return module
+
+    class Twin(NormedTwin):
+        fast = False
+
+        def __call__(self, x: object) -> object:
+            mean = x.sum(-1, keepdims=True) * jnp.asarray(1 / WIDTH, x.dtype)  # a rounding more than torch's quotient
+            centred = x - mean
+            square = (x * x).mean(-1, keepdims=True) - mean * mean if self.fast else (centred * centred).mean(-1, keepdims=True)
+            return centred / jnp.sqrt(jnp.maximum(square, 0.0) + 1e-12) * self.norm.scale + self.norm.bias
+
+    class FastTwin(Twin):
+        fast = True
+
+    case = replace(CASE, reference=reference, candidate=Twin, inputs=padded, dtypes=("float64", "float32"), regimes=("as is", "+ 100"))
+    end = "+ 100, end to end"
+    sound, fast = (next(check for check in Battery(each).tier("rounding").checks if check.regime == end and check.rule == 3)
+                   for each in (case, replace(case, candidate=FastTwin)))
+    assert sound.held and sound.measure.count == 3 * WIDTH and sound.value < 1e-4
+    assert not fast.held and fast.measure.count == 3 * WIDTH
+    monkeypatch.setattr(Recording, "neighbours", lambda *_: [])
+    alarm = next(check for check in Battery(case).tier("rounding").checks if check.regime == end)
+    assert not alarm.held and alarm.value > 0.1
+
+
+def test_numbers_below_the_least_normal_one_may_be_zero() -> None:
+    oracle = np.array([2e-44, 1e-44, 3e-45])
+    place = Place("rounding", "gate", "+ 100", "float32")
+    (check,) = rounded(place, oracle, oracle.astype(np.float32), np.zeros(3, np.float32), Bounds())
+    assert check.held and check.value == 1.0
+    alarms = [check.rule for check in rounded(place, oracle * 1e10, (oracle * 1e10).astype(np.float32), np.zeros(3, np.float32), Bounds())
+              if not check.held]
+    assert alarms == [3, 10]
 
 
 def test_no_offset_of_100_in_half_precision() -> None:
