@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ COVERED = (  # what decides whether a bug is noticed, or a clean pair is not
 SHOWN = ("charts", "cli", "fingerprints", "html", "kills", "plugin", "propose", "report", "series", "shown", "summaries")
 
 
+@functools.cache
 def digest(text: str) -> str:
     """sha256 of the syntax tree of a Python source, docstrings left out."""
     return hashlib.sha256(repr(_plain(ast.parse(text))).encode()).hexdigest()
