@@ -18,6 +18,7 @@ MODELS = ("GroundedMamba", "LAM", "WaveCore")
 @pytest.fixture(scope="module")
 def kept() -> tuple[dict, dict[str, list[Mutation]]]:
     """The record of the run, and its mutations by case."""
+    assert calibrate.FILE.is_file(), f"{calibrate.FILE} does not exist: `make calibrate` writes it"
     text = calibrate.FILE.read_text(encoding="utf-8")
     return json.loads(text)["calibration"], records.mutations_from_json(text)
 
