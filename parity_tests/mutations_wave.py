@@ -19,7 +19,7 @@ from parity_tests.harness.mutate import Injector
 from parity_tests.specs_wavecore import DEFAULT, LINEAR, STATE3, rollout, step
 
 # test_wavecore trains and rounds: what is left out here would compile the same layers once more
-STEP = dataclasses.replace(step("wavecore_step", STATE3, batch=5, regimes=("as is",)), dtypes=("float64",), trajectory=None)
+STEP = dataclasses.replace(step("wavecore_step", STATE3, batch=5), dtypes=("float64",), trajectory=None)
 LINEAR_STEP = dataclasses.replace(step("wavecore_linear_step", LINEAR, batch=3, regimes=("as is",)), dtypes=("float64",), trajectory=None)
 # the first slot is written whatever the gate, which a NaN would close
 SPOILT = dataclasses.replace(LINEAR_STEP, name="wavecore_linear_nan", regimes=("as is", "one NaN"))

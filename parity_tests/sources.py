@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ SHOWN = ("answers", "charts", "cli", "fingerprints", "formats", "golden", "html"
          "provenance", "records", "report", "series", "shown", "structures", "summaries")
 
 
+@functools.cache
 def digest(text: str) -> str:
     """sha256 of the syntax tree of a Python source, docstrings left out."""
     return hashlib.sha256(repr(_plain(ast.parse(text))).encode()).hexdigest()

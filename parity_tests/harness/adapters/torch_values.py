@@ -84,6 +84,7 @@ def _sources(flow: _Flow, taken: dict[int, list[_Step]], step: _Step, value: tor
     for place, before in ({} if producer is None else producer.tensors).items():
         if alike(before):
             stale = "stale value" if id(before) in flow.made else "state stale"
+            stale = "missing term" if producer.name in ("add", "sub") and len(producer.tensors) == 1 else stale  # a number, and no update
             yield LEFT_OUT.get(producer.name, stale), f"the value from before {producer.name}", (producer.key, place), True
         earlier = flow.made.get(id(before))
         for place, first in ({} if earlier is None else earlier.tensors).items():
