@@ -28,7 +28,7 @@ STEPS = 5  # of the optimiser
 FULL, HALF = ("float64", "float32"), ("float64", "float32", "bfloat16")
 HALF_MARGIN = 0.05  # the same of bfloat16, whose norms and gates err by less than 0.02
 
-Draw = Callable[[np.random.Generator], tuple[Case, dict[str, Any]]]
+Draw = Callable[[np.random.Generator, np.random.Generator], tuple[Case, dict[str, Any]]]
 
 
 def pick(rng: np.random.Generator, low: int, high: int) -> int:
@@ -68,11 +68,12 @@ def batch_and_length(rng: np.random.Generator, longest: int) -> dict[str, int]:
     return {"batch": 1 if lone == 0 else pick(rng, 3, 7), "length": 1 if lone == 1 else pick(rng, 3, longest)}
 
 
-def grounded_mamba(rng: np.random.Generator) -> tuple[Case, dict[str, Any]]:
+def grounded_mamba(rng: np.random.Generator, fixed: np.random.Generator) -> tuple[Case, dict[str, Any]]:
     """GroundedMamba with any of its choices."""
-    heads, dim = heads_and_width(rng, 15, 84)
-    bank = [n for n in FREE if n != heads and dim % n == 0 and dim // n > 2]
-    with_bank = bool(bank) and rng.random() < 0.7
+    with_bank, bank = fixed.random() < 0.6, []
+    while not bank:
+        heads, dim = heads_and_width(rng, 15, 84)
+        bank = [n for n in FREE if n != heads and dim % n == 0 and dim // n > 2] if with_bank else [1]
     config = GroundedMambaConfig(
         vocab_size=pick(rng, 11, 47), dim=dim, depth=int(rng.choice([1, 2], p=[0.85, 0.15])), ssm_dim=pick(rng, 5, 13), rwkv_heads=heads,
         dt_min=rounded(rng, 0.0005, 0.005), dt_max=rounded(rng, 0.06, 0.3), dt_bias=choose(rng, (0.7,), (1.0, 0.5), (-0.4, 0.2)),
@@ -80,14 +81,14 @@ def grounded_mamba(rng: np.random.Generator) -> tuple[Case, dict[str, Any]]:
         gate_ssm=rounded(rng, 0.2, 0.8), decay=choose(rng, "exp_exp", "direct"), time_first=choose(rng, "bonus", "gain"),
         normalised_key=choose(rng, True, False), readout_norm=choose(rng, True, False), memory_size=pick(rng, 6, 19) if with_bank else 0,
         memory_alpha=rounded(rng, 0.005, 0.1), memory_every=int(rng.integers(1, 4)), memory_writes=pick(rng, 3, 23),
-        retrieval_heads=choose(rng, *bank) if with_bank else 1, norm_eps=choose(rng, 1e-6, 1e-5, 1e-4))
+        retrieval_heads=choose(rng, *bank), norm_eps=choose(rng, 1e-6, 1e-5, 1e-4))
     choices = {"chunk": pick(rng, 3, 14), "impl": choose(rng, "chunked", "recurrent"), "split": int(rng.integers(2, 4)), **batch_and_length(rng, 23)}
     return specs.grounded_mamba("grounded_mamba", config, None, **choices), {**dataclasses.asdict(config), **choices}
 
 
-def lam(rng: np.random.Generator) -> tuple[Case, dict[str, Any]]:
+def lam(rng: np.random.Generator, fixed: np.random.Generator) -> tuple[Case, dict[str, Any]]:
     """LAM, a DeltaNetLayer with choices that it leaves open, or DeltaNetLM."""
-    kind = choose(rng, "encoder", "layer", "deltanet_lm")
+    kind = choose(fixed, "encoder", "layer", "deltanet_lm")
     heads, dim = heads_and_width(rng, 15, 60)
     # two chunks at least: decays and fluxes of the hierarchical rule do nothing within the first one
     choices = {"impl": choose(rng, "chunked", "recurrent"), "batch": pick(rng, 3, 7), "length": pick(rng, 7, 23)}
@@ -96,6 +97,8 @@ def lam(rng: np.random.Generator) -> tuple[Case, dict[str, Any]]:
         choices |= {"dim": dim, "heads": heads, "chunk": chunk, "rule": choose(rng, "hierarchical", "plain"),
                     "transform": choose(rng, "lam", "exact"), "output_gate": choose(rng, True, False), "conv_kernel": int(rng.integers(2, 6)),
                     "rms_eps": choose(rng, 1e-6, 1e-5)}
+        if choices["rule"] == "plain" and choices["impl"] == "recurrent":
+            choices["transform"] = "exact"  # the recurrence of the plain rule has no other
         choices["conv"] = choose(rng, "same", "causal") if choices["rule"] == "plain" else "same"
         return specs.layer("delta_net_layer", None, **choices), {"kind": kind, **choices}
     sizes = {"vocab_size": pick(rng, 11, 47), "dim": dim, "heads": heads, "depth": int(rng.choice([1, 2], p=[0.85, 0.15])),
@@ -112,9 +115,9 @@ def lam(rng: np.random.Generator) -> tuple[Case, dict[str, Any]]:
     return case, {"kind": kind, **dataclasses.asdict(config), **choices}
 
 
-def wavecore_config(rng: np.random.Generator) -> SizedWaveCoreConfig:
+def wavecore_config(rng: np.random.Generator, levels: int) -> SizedWaveCoreConfig:
     """WaveCore with presets' proportions at random sizes: widths, levels, waves, outputs and decays."""
-    levels, mamba = int(rng.integers(1, 5)), rng.random() < 0.6
+    mamba = rng.random() < 0.6
     sizes = [int(n) for n in rng.permutation([n for n in FREE if 10 <= n <= 60])]
     state = choose(rng, 1, 3) if mamba else 1
     config = WaveCoreConfig(
@@ -127,9 +130,9 @@ def wavecore_config(rng: np.random.Generator) -> SizedWaveCoreConfig:
     return config.sized(sizes.pop(), sizes.pop(), sizes.pop())
 
 
-def wavecore(rng: np.random.Generator) -> tuple[Case, dict[str, Any]]:
+def wavecore(rng: np.random.Generator, fixed: np.random.Generator) -> tuple[Case, dict[str, Any]]:
     """A rollout on the lazy memory or one step on a plain one."""
-    config, kind = wavecore_config(rng), choose(rng, "rollout", "step")
+    config, kind = wavecore_config(rng, int(fixed.integers(1, 5))), choose(fixed, "rollout", "step")
     if kind == "step":
         choices = {"batch": pick(rng, 3, 7)}
         case = specs_wavecore.step("wavecore_step", config, regimes=None, **choices)
@@ -170,7 +173,8 @@ def made(model: str, seed: int, draw: int) -> tuple[Case, dict[str, Any]]:
     """
     rng = np.random.default_rng([seed, list(MODELS).index(model)])
     for _ in range(TRIES):
-        case, described = MODELS[model](rng)
+        # what decides how many axes there are is the same in every try: few axes collide less often
+        case, described = MODELS[model](rng, np.random.default_rng([seed, list(MODELS).index(model), 1]))
         if not lint.sizes(case.sizes):
             break
     else:

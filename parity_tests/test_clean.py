@@ -16,11 +16,13 @@ from parity_tests.harness import lint
 from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.compare import Place, rounded
 
-SEEDS = {"grounded_mamba": 1, "lam": 1, "wavecore": 1}
+SEEDS = {"grounded_mamba": 2, "lam": 6, "wavecore": 7}  # with a bank; a causal layer on the plain rule; single steps on one level
 
 
 @pytest.mark.parametrize("model", SEEDS)
-def test_five_clean_configurations_raise_no_alarm(model: str) -> None:
+def test_five_clean_configurations_raise_no_alarm(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # gradients of single layers compile most, and every model's own tests have them
+    monkeypatch.setattr(clean, "LATE", [group for group in clean.LATE if group != ("layer gradients",)])
     examined = clean.Examined(first=SEEDS[model])
     entries = [examined.entry(model, number) for number in range(clean.DRAWS)]
     examined.release()
@@ -114,8 +116,11 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, stub: type[Stub], ca
     assert {path.name for path in tmp_path.iterdir()} == {"clean.json", "clean.png", "README.md"}
 
 
-def test_an_alarm_is_shown_and_decides_the_exit_status(tmp_path: Path, stub: type[Stub], capsys: pytest.CaptureFixture) -> None:
+def test_an_alarm_is_shown_and_decides_the_exit_status(
+    tmp_path: Path, stub: type[Stub], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stub.alarm = 1
+    monkeypatch.setattr(histograms, "picture", lambda *_: None)
     assert clean.main(["--count", "2", "--model", "wavecore", "--output", str(tmp_path / "clean.json")]) == 1
     shown = capsys.readouterr().out
     assert "wavecore 1: parts at norm" in shown and "wavecore: 2 configurations, 14 checks, 1 alarms" in shown
