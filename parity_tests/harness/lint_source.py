@@ -81,7 +81,7 @@ def _parsed(thing: FunctionType) -> tuple[ast.AST, str, int] | None:
 def _reached(name: str, scope: dict[str, Any]) -> Any:
     found: Any = scope.get(name.partition(".")[0])
     for part in name.split(".")[1:]:
-        if not isinstance(found, ModuleType):
+        if not isinstance(found, ModuleType) or found.__name__.partition(".")[0] in FRAMEWORKS:  # theirs are not read, and some names of theirs warn
             return None
         found = getattr(found, part, None)
     return inspect.unwrap(found) if isinstance(found, FunctionType) else found
