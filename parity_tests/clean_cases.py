@@ -179,7 +179,10 @@ def made(model: str, seed: int, draw: int) -> tuple[Case, dict[str, Any]]:
             break
     else:
         raise ValueError(f"no sizes of {model} without a flaw in {TRIES} tries from seed {seed}")
-    factory, trajectory, own = case.candidate, dataclasses.replace(case.trajectory, steps=STEPS), np.random.default_rng([seed, draw, 1])
+    # a single token has no next one: the loss would leave the logits out, whose weights torch's AdamW then skips and optax decays
+    length = 3 if described.get("length") == 1 else case.trajectory.length
+    factory, own = case.candidate, np.random.default_rng([seed, draw, 1])
+    trajectory = dataclasses.replace(case.trajectory, steps=STEPS, length=length)
     case = dataclasses.replace(
         case, name=f"{model} {seed}.{draw}", candidate=lambda: specs_wavecore.unfilled(factory), trajectory=trajectory,
         regimes=regimes(own, case), dtypes=HALF if model == "lam" and seed % 4 == 0 else FULL)

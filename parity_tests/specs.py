@@ -38,6 +38,8 @@ VARIANTS = {
 }
 BOUNDS = (
     Bound(1e-12, "one layer on equal input: float64 rounding of a port that computes in another order", on="forced"),
+    Bound(1e-10, "an offset of 100 costs two digits, and a norm over the few channels of a head divides by the little that they differ", on="forced",
+          regime="+ 100"),
     Bound(1e-11, "two blocks on top of each other lose one digit more", on="free"),
     Bound(1e-11, "a split only changes the order of float64 sums", on="splits"),
     Bound(1e-10, "the way back through 19 normalised steps loses another digit", on="gradients"),
@@ -147,6 +149,8 @@ LAM = LamConfig(vocab_size=29, dim=35, heads=7, depth=2, ffn_dim=31, max_positio
 DELTANET = DeltaNetConfig(vocab_size=29, dim=35, heads=7, depth=2, ffn_dim=31, chunk_size=6)
 LAYER_BOUNDS = (
     Bound(1e-12, "one layer on equal input: float64 rounding of a port that computes in another order", on="forced"),
+    Bound(1e-10, "an offset of 100 costs two digits, and a norm over the few channels of a head divides by the little that they differ", on="forced",
+          regime="+ 100"),
     Bound(1e-11, "four chunks, each on the states of the one before, lose one digit more", on="free"),
     Bound(1e-11, "a split only changes the order of float64 sums", on="splits"),
     Bound(1e-10, "the way back through the chunks loses another digit", on="gradients"),
@@ -162,7 +166,7 @@ def delta_bounds(rule: str) -> tuple[Bound, ...]:
               "of the heads divides what is left by as little as sqrt(1e-6): 1e5 eps, which the order of the sums decides")
     if rule != "plain":
         return LAYER_BOUNDS
-    forced = (Bound(1e-10, reason, on=on, where=where, regime="+ 100") for where in HOLDING for on in ("forced", "free"))
+    forced = (Bound(1e-10, reason, on="free", where=where, regime="+ 100") for where in HOLDING)
     return (*LAYER_BOUNDS, *forced, *(Bound(2e5, reason, on="floor", where=where, regime="+ 100*") for where in HOLDING))
 
 
