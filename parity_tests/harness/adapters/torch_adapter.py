@@ -192,6 +192,8 @@ class TorchAdapter:
             if not _tracked(loss):
                 raise Unsupported("no output of the reference is a float that depends on a trained weight, and the case gives no loss")
             loss.backward()
+            for value in parameters:  # AdamW skips what has no gradient and does not let it decay; optax knows no absent gradient
+                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
             if trajectory.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, trajectory.clip)
             optimiser.step()

@@ -271,3 +271,20 @@ def test_nan_in_jax_is_found_as_well() -> None:
     case = replace(CASE, reference=lambda: Layer(lambda y: y * float("nan")), candidate=lambda: Twin(lambda y: y * jnp.nan))
     result = run_case(case, tiers=["free"])
     assert "none of 21 values is finite, in both: nothing can be compared" in result.sentence
+
+
+def test_a_weight_that_the_loss_does_not_reach_decays_on_both_sides() -> None:
+    """torch's AdamW skips what has no gradient, and optax knows no absent one: the two would part by the decay."""
+    class Idle(Layer):
+        def __init__(self) -> None:
+            super().__init__(lambda y: y)
+            self.idle = torch.nn.Parameter(torch.ones(7))
+
+    class IdleTwin(Twin):
+        def __init__(self) -> None:
+            super().__init__(lambda y: y)
+            self.idle = nnx.Param(jnp.ones(7))
+
+    result = run_case(replace(CASE, reference=Idle, candidate=IdleTwin), tiers=["optimiser"])
+    assert result.held, result.sentence
+    assert {"idle"} <= {check.leaf for check in result.checks}
