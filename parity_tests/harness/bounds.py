@@ -25,7 +25,10 @@ class BoundError(ValueError):
 
 @dataclass(frozen=True)
 class Bound:
-    """`value` allowed for quantity `on` at module paths `where` under regimes `regime` (shell patterns), because of `reason`.
+    """`value` allowed for quantity `on` of outputs `leaf` at module paths `where` under regimes `regime` (shell patterns), because of `reason`.
+
+    A leaf is an output by its place in the tree that the module gives, as reports name it (`"2.gate"`, and `""` for a single array); of gradients
+    it is the parameter or input.
 
     Raises BoundError without a reason of at least two words, for a value that is not finite and positive, or an unknown quantity.
     """
@@ -35,6 +38,7 @@ class Bound:
     on: str = "forced"
     where: str = "*"
     regime: str = "*"
+    leaf: str = "*"
 
     def __post_init__(self) -> None:
         if not isinstance(self.reason, str) or len(self.reason.split()) < 2:
@@ -47,9 +51,9 @@ class Bound:
         if self.on == "cosine" and not 0.0 < self.value <= 1.0:
             raise BoundError(f"a bound on cosine must lie in (0, 1], found {self.value!r}")
 
-    def covers(self, on: str, where: str, regime: str) -> bool:
-        """Whether this bound speaks of quantity `on` at module `where` under `regime`."""
-        return self.on == on and fnmatchcase(where, self.where) and fnmatchcase(regime, self.regime)
+    def covers(self, on: str, where: str, regime: str, leaf: str = "") -> bool:
+        """Whether this bound speaks of quantity `on` of `leaf` at module `where` under `regime`."""
+        return self.on == on and all(fnmatchcase(*pair) for pair in ((where, self.where), (regime, self.regime), (leaf, self.leaf)))
 
 
 QUANTITIES = ("forced", "free", "splits", "gradients", "slope", "optimiser", "float32", "half", "floor", "cosine")
@@ -78,6 +82,6 @@ class Bounds:
                 raise BoundError(f"a bound is a Bound(value, reason, on=...), found {bound!r}")
         self.all = DEFAULTS + own
 
-    def find(self, on: str, where: str = "", regime: str = "as is") -> Bound:
-        """The bound on quantity `on` at module path `where` under `regime`."""
-        return next(bound for bound in reversed(self.all) if bound.covers(on, where, regime))
+    def find(self, on: str, where: str = "", regime: str = "as is", leaf: str = "") -> Bound:
+        """The bound on quantity `on` of output `leaf` at module path `where` under `regime`."""
+        return next(bound for bound in reversed(self.all) if bound.covers(on, where, regime, leaf))

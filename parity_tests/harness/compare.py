@@ -99,12 +99,12 @@ def _exact_leaf(place: Place, name: str, expected: np.ndarray, found: Measure, b
         detail = "" if found.mismatched == 0 else f"{found.mismatched} of {found.count} differ"
         return [Check(place.tier, rule, place.where, name, place.regime, place.dtype, found.mismatched == 0, float(found.mismatched), 0.0,
                       "discrete values are compared as they are", "values that differ", detail, place.order, found)]
-    bound = bounds.find(on, place.where, place.regime)
+    bound = bounds.find(on, place.where, place.regime, name)
     if not math.isfinite(found.relative_l2) and found.note:
         return [failed(place, 1, found.note, name, "finite values")]
     checks = [Check(place.tier, rule, place.where, name, place.regime, place.dtype, found.relative_l2 <= bound.value, found.relative_l2,
                     bound.value, bound.reason, "relative L2", found.note, place.order, found)]
-    slope = bounds.find("slope", place.where, place.regime)
+    slope = bounds.find("slope", place.where, place.regime, name)
     if on in ("forced", "free") and not abs(found.slope - 1.0) <= slope.value:
         checks.append(Check(place.tier, rule, place.where, name, place.regime, place.dtype, False, abs(found.slope - 1.0), slope.value,
                             slope.reason, "slope - 1", f"slope {found.slope:.12g}", place.order, found))
@@ -112,7 +112,7 @@ def _exact_leaf(place: Place, name: str, expected: np.ndarray, found: Measure, b
 
 
 def _cosine(place: Place, name: str, found: Measure, bounds: Bounds) -> list[Check]:
-    bound = bounds.find("cosine", place.where, place.regime)
+    bound = bounds.find("cosine", place.where, place.regime, name)
     # a NaN that was put into the inputs has to come out at the same places, which rule 1 checks, and leaves no cosine
     planted = PLANTED in place.regime and math.isnan(found.cosine) and math.isfinite(found.relative_l2)
     if found.cosine >= bound.value or planted:
@@ -212,7 +212,7 @@ def _well_posed(errors: np.ndarray, rms: float, dtype: str) -> np.ndarray:
 
 
 def _band(place: Place, name: str, found: Measure, own: float, bounds: Bounds, rule: int, on: str, lost: int = 0) -> Check:
-    factor, floor = (bounds.find(quantity, place.where, place.regime) for quantity in (on, "floor"))
+    factor, floor = (bounds.find(quantity, place.where, place.regime, name) for quantity in (on, "floor"))
     allowed = max(factor.value * own, floor.value * EPS[place.dtype] * found.reference_rms, NORMAL[place.dtype])
     scale = found.reference_rms if found.reference_rms > 0.0 else 1.0
     held = found.error_rms <= allowed

@@ -111,7 +111,7 @@ def _gradients(battery: Battery, place: Place, left: Gradients, right: Gradients
 
 
 def _gradient(battery: Battery, place: Place, name: str, expected: np.ndarray, found: np.ndarray, noise: float) -> Check:
-    bound = battery.bounds.find("gradients", place.where, place.regime)
+    bound = battery.bounds.find("gradients", place.where, place.regime, name)
     try:
         distance = measure(expected, found)
     except MeasureError as error:

@@ -33,6 +33,8 @@ def test_the_last_bound_that_covers_a_place_holds() -> None:
     assert bounds.find("forced", "blocks.0.ssm", "as is").value == 1e-12
     assert bounds.find("free", "blocks.0.ssm", "+ 100").value == 1e-9
     assert all(len(bound.reason.split()) > 3 for bound in DEFAULTS)
+    one = Bounds([Bound(1e-7, "a mean over all tokens", where="blocks.*", leaf="2.gate")])
+    assert [one.find("forced", "blocks.0", leaf=leaf).value for leaf in ("2.gate", "2", "0", "")] == [1e-7, 1e-9, 1e-9, 1e-9]
     with pytest.raises(BoundError, match="a bound is a Bound"):
         Bounds([1e-9])
 
