@@ -21,13 +21,9 @@ from parity_tests.specs import LAM, deltanet_lm, encoder, sentences
 STRETCHED = 26  # tokens, three more than there are positions; the other sentences of the batch have 18 and 9
 
 
-def stretched(seed: int, batch: int | None = None, length: int | None = None) -> dict[str, Any]:
-    return sentences(seed, batch, STRETCHED if length is None else length)
-
-
 # test_delta_rule has the other regimes and precisions, which none of the bugs below needs
 CASE = dataclasses.replace(encoder("lam", regimes=("as is",)), dtypes=("float64",), trajectory=None)
-LONG = dataclasses.replace(CASE, name="lam_stretched", inputs=stretched, sizes={**CASE.sizes, "length": STRETCHED})
+LONG = dataclasses.replace(CASE, name="lam_stretched", inputs=sentences(LAM, length=STRETCHED), sizes={**CASE.sizes, "length": STRETCHED})
 CAUSAL = deltanet_lm("deltanet_lm", regimes=("as is", "carried state"))
 CAUSAL = dataclasses.replace(CAUSAL, dtypes=("float64",), trajectory=dataclasses.replace(CAUSAL.trajectory, steps=8))
 
