@@ -20,7 +20,7 @@ from experiments import environment, parity_board, trackers
 from experiments.errors import RunError
 from experiments.folder import describe, how_to_look, plain
 from experiments.trackers import Tracker
-from parity_tests.harness import html, loading, report, shown, summaries
+from parity_tests.harness import formats, html, loading, report, shown, summaries
 from parity_tests.harness.battery import TIERS, Battery, Result
 from parity_tests.harness.case import Case, CaseError
 from parity_tests.harness.policy import Policy
@@ -169,10 +169,10 @@ def _page_of_sweep(folder: Path) -> Path:
 
 
 def write(path: Path, text: str) -> Path:
-    """Write a file in a folder that is made for it. Raises RunError if that cannot be done."""
+    """Write a file, whole or not at all, in a folder that is made for it. Raises RunError if that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        formats.write_text(path, text)
     except OSError as error:
         raise RunError(f"run_dir: cannot write {path}: {error.strerror or error}") from error
     return path
