@@ -4,7 +4,7 @@
                       the totals of every model, those of the bugs that were not seen while tuning apart, commit, time, seconds, and the
                       digests of the sources that decide the result; it is written after every model, and `--resume` goes on from there
 
-A test fails when one of these sources is no longer what it was. Exit status 1 when a bug survives.
+`sources.changed` names those of these sources that are no longer what they were. Exit status 1 when a bug survives.
 """
 
 from __future__ import annotations

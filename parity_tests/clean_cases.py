@@ -194,7 +194,7 @@ def made(model: str, seed: int, draw: int) -> tuple[Case, dict[str, Any]]:
             break
     else:
         raise ValueError(f"no sizes of {model} without a flaw in {TRIES} tries from seed {seed}")
-    # a single token has no next one: the loss would leave the logits out, whose weights torch's AdamW then skips and optax decays
+    # a single token has no next one: the loss would leave the logits out, and their weights would only decay
     length = 3 if described.get("length") == 1 else case.trajectory.length
     factory, own = case.candidate, np.random.default_rng([seed, draw, 1])
     trajectory = dataclasses.replace(case.trajectory, steps=STEPS, length=length)

@@ -53,13 +53,11 @@ def text(record: Mapping[str, Any]) -> str:
 
 def picture(record: Mapping[str, Any], path: Path) -> None:
     """Histograms of the multiples, one row for each model and precision: all leaves above the floor, and the worst of every configuration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [(name, dtype) for name, found in record["models"].items() for dtype in FACTORS if found["multiples"].get(dtype)]
-    figure, axes = pyplot.subplots(len(rows), 2, figsize=(11, 2.1 * len(rows) + 0.6), squeeze=False, sharex=True)
+    figure = Figure(figsize=(11, 2.1 * len(rows) + 0.6))
+    axes = figure.subplots(len(rows), 2, squeeze=False, sharex=True)
     for line, (name, dtype) in zip(axes, rows, strict=True):
         for axis, kind, colour in zip(line, ("multiples", "worst_multiples"), ("#3b6ea5", "#8a5a9e"), strict=True):
             counts = {int(low) / 2: count for low, count in record["models"][name][kind][dtype].items()}
@@ -76,7 +74,6 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     figure.tight_layout()
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     partial.replace(path)
 
 

@@ -221,7 +221,7 @@ class Recording:
     def neighbours(self, regime: Regime, dtype: str, forced: Forced | None = None) -> list[tuple[Any, Any]]:
         """Outputs in float64 and in a lower precision of a forced layer, or of the model under a regime, on inputs a few roundings away.
 
-        None for inputs without floats.
+        Empty for inputs without floats.
         """
         if forced is None:
             given: Any = (self.inputs(regime), self.states(regime))
