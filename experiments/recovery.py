@@ -46,8 +46,9 @@ class Recovery:
         self._dead = {str(name): int(until) for name, until in record.get("dead", {}).items()}
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint's description holds; JSON keeps every float exactly."""
-        return {"factor": self.factor, "losses": self._losses, "skipped": self._skipped, "tried": sorted(self._tried), "dead": self._dead}
+        """What a checkpoint's description holds; JSON keeps every float exactly. With a good state, none has been tried in vain."""
+        tried = [] if self.good else sorted(self._tried)
+        return {"factor": self.factor, "losses": self._losses, "skipped": self._skipped, "tried": tried, "dead": self._dead}
 
     def rates(self, rates: Mapping[str, float]) -> dict[str, float]:
         """The schedule's learning rates times the factor."""

@@ -2,8 +2,8 @@
 
     cosine_b = mean over layers of <h, h'> / (|h| |h'|),  h and h' the state before and after a stretch of tokens, of row b
 
-Below the threshold (0.8 in the original's advice) the row starts again from zero states. The state that is looked at is the SSM's; of a
-model without one, the matrix state, flattened. Letters: B batch, L length, N state.
+Below the threshold (0.8 in the original's advice) the row reads that stretch again from zero states and goes on from there. The state
+that is looked at is the SSM's; of a model without one, the matrix state, flattened. Letters: B batch, L length, N state.
 """
 
 from __future__ import annotations
@@ -37,12 +37,7 @@ def shifted(before: Sequence[Mapping[str, np.ndarray]] | None, after: Sequence[M
     return cosines(before, after) < threshold
 
 
-def reset_rows(states: Sequence[Mapping[str, np.ndarray]], rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """The states with those of `rows` (B,) set to zero."""
-    return _chosen(rows, [{kind: np.zeros_like(value) for kind, value in state.items()} for state in states], states)
-
-
-def _chosen(
+def chosen(
     rows: np.ndarray, there: Sequence[Mapping[str, np.ndarray]], elsewhere: Sequence[Mapping[str, np.ndarray]]
 ) -> list[dict[str, np.ndarray]]:
     """States from `there` in `rows` (B,), from `elsewhere` in all others."""
@@ -67,9 +62,9 @@ def generate(
         if threshold is not None:
             rows = shifted(states, after, threshold)
             if rows.any():
-                fresh_logits, fresh = model(tokens[-1], reset_rows(after, np.ones_like(rows)))
+                fresh_logits, fresh = model(tokens[-1], None)
                 logits = np.where(rows[:, None, None], fresh_logits, logits)
-                after = _chosen(rows, fresh, after)
+                after = chosen(rows, fresh, after)
                 resets += rows
         states = after
         drawn = sample_token(np.asarray(logits)[:, -1].astype(np.float64), temperature, top_k, rng)

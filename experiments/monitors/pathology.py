@@ -10,6 +10,7 @@ none, and is counted as silent. Above a score of 5 the look is an alert. Bounds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -46,12 +47,13 @@ class Pathology:
         self._config, self._last = config, dict(last or {})
 
     def look(self, gradients: Mapping[str, np.ndarray]) -> Look:
-        """The symptoms of these gradients, each taken over its finite entries (those that are not finite are counted elsewhere)."""
+        """The symptoms of these gradients. One with entries that are not finite says nothing here, and is passed over."""
         look, config = Look(), self._config
         for name, gradient in gradients.items():
             flat = np.asarray(gradient, dtype=np.float64).ravel()
-            flat = np.where(np.isfinite(flat), flat, 0.0)
             norm = float(np.linalg.norm(flat))
+            if not math.isfinite(norm):
+                continue
             if name not in self._last and norm == 0:
                 look.silent.append(name)
                 continue

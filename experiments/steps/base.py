@@ -122,11 +122,14 @@ class TrainStep(ABC):
         """Parameters and buffers under torch's names, tied ones left out or equal. Raises ValueError for missing, unused or misshapen ones."""
         self._load_arrays(check(self.config.architecture, self.model.config, arrays, self.config.backend.dtype))
 
-    def reset_shifted(self, before: States | None, after: States, threshold: float) -> tuple[States, int]:
-        """`after` with the states of rows whose context has shifted since `before` set to zero, and the number of those rows."""
+    def reset_shifted(self, before: States | None, after: States, ids: np.ndarray, threshold: float) -> tuple[States, int]:
+        """`after` reading `ids` (B, L) from `before`; rows whose context shifted get what reading them from zero states gives. Their number too."""
         now = self._numpy(after)
         rows = context_shift.shifted(None if before is None else self._numpy(before), now, threshold)
-        return (self._native(context_shift.reset_rows(now, rows)) if rows.any() else after), int(rows.sum())
+        if not rows.any():
+            return after, 0
+        fresh = self._numpy(self.evaluate(ids, ids, None)[1])
+        return self._native(context_shift.chosen(rows, fresh, now)), int(rows.sum())
 
     def _has_bank(self) -> bool:
         return bool(getattr(self.model.config, "memory_size", 0))

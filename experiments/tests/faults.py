@@ -1,0 +1,85 @@
+"""Faults put into a real short run, by the number of the step that they strike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conf.schema import CheckpointConfig, DataConfig, EvaluationConfig, TrackerConfig, TrainConfig, TrainingConfig
+from experiments.oversight import Oversight
+from experiments.steps.base import TrainStep
+from experiments.tests import tiny
+
+STEPS = 40
+
+
+def settings(backend: str, text: Path, **sections: Any) -> TrainConfig:
+    """Forty steps of a tiny model: a checkpoint every 8 steps, monitors every 5, a validation every 10."""
+    base = tiny.config(
+        backend, "float32", data=DataConfig(path=str(text), validation_fraction=0.3), long_context=False,
+        training=TrainingConfig(steps=STEPS, batch_size=3, context=11, log_every=1, monitor_every=5), checkpoint=CheckpointConfig(every=8),
+        evaluation=EvaluationConfig(every=10, tokens=60, final_tokens=60, batch_size=2, sample_tokens=0), tracker=TrackerConfig(name="none"),
+    )
+    return replace(base, **{"model": replace(base.model, depth=1), **sections})
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, kind: type[TrainStep], **faults: Any) -> None:
+    """Make steps go wrong. Each fault is a step number, or a function of the step object at a number:
+
+    nan_loss, nan_gradient: number; before: {number: function of the TrainStep, called before that step}.
+    """
+    original, accumulate = Oversight.step, kind._accumulate
+    current = [0]
+
+    def step(self: Oversight, batch: Any, rates: Any, number: int, *, details: bool) -> Any:
+        current[0] = number
+        action: Callable[[TrainStep], None] | None = faults.get("before", {}).get(number)
+        if action is not None:
+            action(self._state.step)
+        return original(self, batch, rates, number, details=details)
+
+    def poisoned(self: TrainStep, ids: np.ndarray, labels: np.ndarray, states: Any) -> Any:
+        parts, after, aux = accumulate(self, ids, labels, states)
+        if current[0] == faults.get("nan_loss"):
+            self._add({name: np.full_like(value, np.nan) for name, value in self._gradients().items()})
+            parts = {**parts, "loss": np.nan, "cross_entropy": np.nan}
+        if current[0] == faults.get("nan_gradient"):
+            name = "blocks.0.ssm.B_proj.weight"
+            value = np.zeros_like(self._gradients()[name])
+            value[0, :3] = np.nan, np.inf, -np.inf
+            self._add({name: value})
+        return parts, after, aux
+
+    monkeypatch.setattr(Oversight, "step", step)
+    monkeypatch.setattr(kind, "_accumulate", poisoned)
+
+
+def scale(name: str, factor: float) -> Callable[[TrainStep], None]:
+    """Multiply a parameter, behind the optimiser's back."""
+
+    def action(step: TrainStep) -> None:
+        arrays = step.arrays()
+        arrays[name] = arrays[name] * np.float32(factor)
+        if name == "embedding.weight":
+            arrays["lm_head.weight"] = arrays[name]
+        step.load_arrays(arrays)
+
+    return action
+
+
+def stop(step: TrainStep) -> None:
+    """As ^C does."""
+    raise KeyboardInterrupt
+
+
+def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Events of a run, of these kinds if any are given."""
+    path = folder / "events.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if not kinds or line["kind"] in kinds]
