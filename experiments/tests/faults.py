@@ -24,7 +24,7 @@ def settings(backend: str, text: Path, **sections: Any) -> TrainConfig:
     base = tiny.config(
         backend, "float32", data=DataConfig(path=str(text), validation_fraction=0.3), long_context=False,
         training=TrainingConfig(steps=STEPS, batch_size=3, context=11, log_every=1, monitor_every=5), checkpoint=CheckpointConfig(every=8),
-        evaluation=EvaluationConfig(every=10, tokens=60, final_tokens=60, batch_size=2, sample_tokens=0), tracker=TrackerConfig(name="none"),
+        evaluation=EvaluationConfig(every=10, tokens=44, final_tokens=44, batch_size=2, sample_tokens=0), tracker=TrackerConfig(name="none"),
     )
     return replace(base, **{"model": replace(base.model, depth=1), **sections})
 

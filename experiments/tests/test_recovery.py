@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_explosion_is_judged_by_the_median_and_never_below_one_nat(tmp_path: Pat
     cured.checkpointed()
     cured.after(result(9.0), 9, back)
     assert went[-1] == [] and cured.factor == pytest.approx(0.343)
-    assert [(event["step"], event["kind"], event["back_to"]) for event in told(tmp_path)] == [(5, "explosion", 20), (7, "explosion", 10), (9, "explosion", 20)]
+    assert [(event["step"], event["back_to"]) for event in told(tmp_path)] == [(5, 20), (7, 10), (9, 20)]
 
 
 def test_skips_halve_the_rate_and_three_in_a_row_go_back(tmp_path: Path) -> None:
@@ -98,7 +97,7 @@ def test_skips_halve_the_rate_and_three_in_a_row_go_back(tmp_path: Path) -> None
     cured.after(skipped, 8, refused)
     cured.after(skipped, 9, lambda tried: (0, {}))
     assert cured.factor == 0.5**6 * 0.7 and told(tmp_path)[-1]["message"].startswith("3 steps in a row were skipped: back to the initial state")
-    with pytest.raises(RunError, match=r"gave up at step 1\d: .* after 1 x explosion, \d+ x nonfinite_loss; lower optimiser.rate"):
+    with pytest.raises(RunError, match=r"gave up at step 1\d: .* after 2 x explosion, \d+ x nonfinite_loss; lower optimiser.rate"):
         for step in range(10, 20):
             cured.after(skipped, step, lambda tried: (0, {}))
 
@@ -119,6 +118,7 @@ def test_record_brings_back_every_verdict(tmp_path: Path) -> None:
 
 def build(backend: str, **sections: Any) -> TrainStep:
     settings = tiny.config(backend, **sections)
+    settings = replace(settings, model=replace(settings.model, depth=1))
     model = runtime.build(settings.architecture, settings.model, backend=backend, dtype="float64", seed=settings.seed)
     return make(model, settings)
 
@@ -161,7 +161,7 @@ def test_guarded_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken_state(self: TrainStep, *inputs: Any) -> Any:
         parts, after, aux = accumulate(self, *inputs)
         states = self._numpy(after)
-        states[1]["wkv"] = np.full_like(states[1]["wkv"], np.inf)
+        states[0]["wkv"] = np.full_like(states[0]["wkv"], np.inf)
         return parts, self._native(states), aux
 
     for fault, reason in ((overflowing, "gradient norm inf"), (broken_state, "a state that would be carried")):
@@ -175,18 +175,18 @@ def test_guarded_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(self: TrainStep, *inputs: Any) -> Any:
         parts, after, aux = accumulate(self, *inputs)
-        gradient = np.zeros_like(self._gradients()["blocks.1.ssm.A"])
+        gradient = np.zeros_like(self._gradients()["blocks.0.ssm.A"])
         gradient[2, 1:3] = math.nan, math.inf
-        self._add({"blocks.1.ssm.A": gradient})
+        self._add({"blocks.0.ssm.A": gradient})
         return parts, after, aux
 
     with monkeypatch.context() as patch:
         patch.setattr(type(guarded), "_accumulate", poisoned)
         (cleaned,) = advance(guarded, 14, 14, guard=True, details=True)
-    assert cleaned.zeroed == {"blocks.1.ssm.A": 2} and not cleaned.skipped and math.isfinite(cleaned.gradient_norm)
-    assert np.isnan(cleaned.gradients["blocks.1.ssm.A"]).sum() == 1 and all(np.isfinite(value).all() for value in held(guarded).values())
+    assert cleaned.zeroed == {"blocks.0.ssm.A": 2} and not cleaned.skipped and math.isfinite(cleaned.gradient_norm)
+    assert np.isnan(cleaned.gradients["blocks.0.ssm.A"]).sum() == 1 and all(np.isfinite(value).all() for value in held(guarded).values())
     (expected,) = advance(
-        plain_step, 14, 14, inject=lambda gradients: {"blocks.1.ssm.A": -gradients["blocks.1.ssm.A"]}  # the same by subtraction
+        plain_step, 14, 14, inject=lambda gradients: {"blocks.0.ssm.A": -gradients["blocks.0.ssm.A"]}  # the same by subtraction
     )
     assert same(held(guarded), held(plain_step)) and expected.gradient_norm == cleaned.gradient_norm
 
@@ -219,15 +219,8 @@ def test_full_disk_silences_the_files_and_never_stops_a_run(tmp_path: Path) -> N
     (tmp_path / EVENTS).mkdir()
     with pytest.warns(RuntimeWarning, match="could not be written to .*events.jsonl"):
         Events(tmp_path, Console(quiet=True), tracker).add(1, "explosion", "loss 9")
-    with open("/dev/full", "w", encoding="utf-8") as full:
-        with pytest.warns(RuntimeWarning, match="numbers could not be written to /dev/full: No space left on device"):
-            folder.log(full, tracker, 2, {"loss": 1.0})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                full.close()
-            except OSError:
-                pass
+    with open("/dev/full", "a", encoding="utf-8") as full, pytest.warns(RuntimeWarning, match="written to /dev/full: No space left on device"):
+        folder.log(full, tracker, 2, {"loss": 1.0})
     assert [step for step, _ in tracker.seen] == [1, 2]
 
 
@@ -330,7 +323,7 @@ def test_soft_reset_shakes_states_and_their_parameters() -> None:
 def test_selective_reinit_and_injection(backend: str) -> None:
     step = build(backend)
     advance(step, 1, 3)
-    before, names = held(step), ["blocks.1.ssm.A", "embedding.weight"]
+    before, names = held(step), ["blocks.0.ssm.A", "embedding.weight"]
     assert unfreeze.selective_reinit(step, names[::-1]) == names
     after, initial = held(step), runtime.init.init_arrays("grounded_mamba", step.config.model, step.config.seed)
     for name in (*names, "lm_head.weight"):
@@ -344,7 +337,7 @@ def test_selective_reinit_and_injection(backend: str) -> None:
     assert noise.keys() == {"blocks.0.rwkv.key_proj.weight"} and 0.0007 < noise["blocks.0.rwkv.key_proj.weight"].std() < 0.0013
     (bare,) = advance(step, 4, 4, details=True)
     step.restore(*({name: value for name, value in after.items() if name in part} for part in (
-        initial, {name for name in after if name.startswith(("first.", "second."))}, {"0.ssm", "0.wkv", "1.ssm", "1.wkv"})), 3)
+        initial, {name for name in after if name.startswith(("first.", "second."))}, {"0.ssm", "0.wkv"})), 3)
     (found,) = advance(step, 4, 4, details=True, inject=lambda given: unfreeze.gradient_injection(given, list(noise), 0.001, 5, 17))
     for name, value in found.gradients.items():
         np.testing.assert_allclose(value, bare.gradients[name] + noise.get(name, 0.0), rtol=1e-12, atol=1e-300)
