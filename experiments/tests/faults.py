@@ -1,9 +1,9 @@
-"""Faults put into a real short run, by the number of the step that they strike."""
+"""Faults put into a real short run, by the number of the step that they strike; and single steps of the same model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import runtime
 from conf.schema import CheckpointConfig, DataConfig, EvaluationConfig, TrackerConfig, TrainConfig, TrainingConfig
+from experiments import schedule
 from experiments.oversight import Oversight
-from experiments.steps.base import TrainStep
+from experiments.steps import TrainStep, make
+from experiments.steps.base import StepResult
 from experiments.tests import tiny
 
 STEPS = 40
@@ -83,3 +86,24 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     path = folder / "events.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line for line in lines if not kinds or line["kind"] in kinds]
+
+
+def build(backend: str, **sections: Any) -> TrainStep:
+    settings = tiny.config(backend, "float32", **sections)
+    settings = replace(settings, model=replace(settings.model, depth=1))
+    model = runtime.build(settings.architecture, settings.model, backend=backend, dtype="float32", seed=settings.seed)
+    return make(model, settings)
+
+
+def advance(step: TrainStep, first: int, last: int, **options: Any) -> list[StepResult]:
+    stream, settings = tiny.stream(step.config), step.config
+    rates = [schedule.rates(number, settings.training.steps, settings.optimiser) for number in range(first, last + 1)]
+    return [step.step(stream.batch(number - 1), rate, **options) for number, rate in enumerate(rates, start=first)]
+
+
+def held(step: TrainStep) -> dict[str, np.ndarray]:
+    return {**step.arrays(), **step.optimiser_arrays(), **step.carried(), "updates": np.array(step.steps_done)}
+
+
+def same(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)

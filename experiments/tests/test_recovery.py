@@ -1,4 +1,4 @@
-"""The parts of recovery one by one: verdicts, guarded steps, going back, events, the lock, the golden checkpoint, unfreezing."""
+"""The parts of recovery one by one: verdicts, events, the lock, the golden checkpoint, unfreezing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rich.console import Console
 
 import runtime
 from conf.schema import RecoveryConfig, TrainConfig
-from experiments import checkpoint, folder, schedule, unfreeze
+from experiments import checkpoint, folder, unfreeze
 from experiments.errors import RunError
 from experiments.events import EVENTS, Events
 from experiments.folder import plain
 from experiments.lock import LOCK, RunLock, check_free
 from experiments.recovery import Recovery
-from experiments.steps import TrainStep, make
 from experiments.steps.base import StepResult
 from experiments.tests import tiny
+from experiments.tests.faults import advance, build, held, same
 from experiments.trackers import Tracker
 
 
@@ -114,81 +114,6 @@ def test_record_brings_back_every_verdict(tmp_path: Path) -> None:
     assert again.injected(24) == ["a"] and again.injected(25) == []
     again.after(result(math.nan, skipped="loss nan"), 5, lambda tried: (0, {}))
     assert again.factor == 0.25 * 0.7
-
-
-def build(backend: str, **sections: Any) -> TrainStep:
-    settings = tiny.config(backend, **sections)
-    settings = replace(settings, model=replace(settings.model, depth=1))
-    model = runtime.build(settings.architecture, settings.model, backend=backend, dtype="float64", seed=settings.seed)
-    return make(model, settings)
-
-
-def advance(step: TrainStep, first: int, last: int, **options: Any) -> list[StepResult]:
-    stream, settings = tiny.stream(step.config), step.config
-    rates = [schedule.rates(number, settings.training.steps, settings.optimiser) for number in range(first, last + 1)]
-    return [step.step(stream.batch(number - 1), rate, **options) for number, rate in enumerate(rates, start=first)]
-
-
-def held(step: TrainStep) -> dict[str, np.ndarray]:
-    return {**step.arrays(), **step.optimiser_arrays(), **step.carried(), "updates": np.array(step.steps_done)}
-
-
-def same(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> bool:
-    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_guarded_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guard changes no bit of a healthy step; going back and doing the steps again gives the same bits; what is not finite is held off."""
-    plain_step, guarded = build(backend), build(backend)
-    advance(plain_step, 1, 12)
-    advance(guarded, 1, 5, guard=True)
-    early = (guarded.arrays(), guarded.optimiser_arrays(), guarded.carried(), guarded.steps_done)
-    advance(guarded, 6, 12, guard=True)
-    late = held(guarded)
-    assert same(late, held(plain_step)) and late["blocks.0.rwkv.writes"] == 1 and late["updates"] == 12
-    guarded.restore(*early)
-    advance(guarded, 6, 12, guard=True)
-    assert same(held(guarded), late)
-
-    accumulate = type(guarded)._accumulate
-
-    def overflowing(self: TrainStep, *inputs: Any) -> Any:
-        parts, after, aux = accumulate(self, *inputs)
-        self._add({"embedding.weight": np.full_like(self._gradients()["embedding.weight"], 1e200)})
-        return parts, after, aux
-
-    def broken_state(self: TrainStep, *inputs: Any) -> Any:
-        parts, after, aux = accumulate(self, *inputs)
-        states = self._numpy(after)
-        states[0]["wkv"] = np.full_like(states[0]["wkv"], np.inf)
-        return parts, self._native(states), aux
-
-    for fault, reason in ((overflowing, "gradient norm inf"), (broken_state, "a state that would be carried")):
-        with monkeypatch.context() as patch:
-            patch.setattr(type(guarded), "_accumulate", fault)
-            (skipped,) = advance(guarded, 13, 13, guard=True)
-        assert skipped.skipped == reason and same(held(guarded), late)
-    advance(guarded, 13, 13, guard=True)
-    advance(plain_step, 13, 13)
-    assert same(held(guarded), held(plain_step))  # nothing of the skipped steps is left, the gradient neither
-
-    def poisoned(self: TrainStep, *inputs: Any) -> Any:
-        parts, after, aux = accumulate(self, *inputs)
-        gradient = np.zeros_like(self._gradients()["blocks.0.ssm.A"])
-        gradient[2, 1:3] = math.nan, math.inf
-        self._add({"blocks.0.ssm.A": gradient})
-        return parts, after, aux
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(guarded), "_accumulate", poisoned)
-        (cleaned,) = advance(guarded, 14, 14, guard=True, details=True)
-    assert cleaned.zeroed == {"blocks.0.ssm.A": 2} and not cleaned.skipped and math.isfinite(cleaned.gradient_norm)
-    assert np.isnan(cleaned.gradients["blocks.0.ssm.A"]).sum() == 1 and all(np.isfinite(value).all() for value in held(guarded).values())
-    (expected,) = advance(
-        plain_step, 14, 14, inject=lambda gradients: {"blocks.0.ssm.A": -gradients["blocks.0.ssm.A"]}  # the same by subtraction
-    )
-    assert same(held(guarded), held(plain_step)) and expected.gradient_norm == cleaned.gradient_norm
 
 
 def test_guard_with_accumulation_and_permuted_rows() -> None:
@@ -317,27 +242,3 @@ def test_soft_reset_shakes_states_and_their_parameters() -> None:
     assert same(held(step), held(other))
     unfreeze.soft_reset(other, 13, 0.01)
     assert not same(held(step), held(other))
-
-
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_selective_reinit_and_injection(backend: str) -> None:
-    step = build(backend)
-    advance(step, 1, 3)
-    before, names = held(step), ["blocks.0.ssm.A", "embedding.weight"]
-    assert unfreeze.selective_reinit(step, names[::-1]) == names
-    after, initial = held(step), runtime.init.init_arrays("grounded_mamba", step.config.model, step.config.seed)
-    for name in (*names, "lm_head.weight"):
-        np.testing.assert_array_equal(after[name], initial["embedding.weight" if name == "lm_head.weight" else name])
-    assert all(not after[f"{label}.{name}"].any() for label in ("first", "second") for name in names)
-    touched = {*names, "lm_head.weight", *(f"{label}.{name}" for label in ("first", "second") for name in names)}
-    assert all(np.array_equal(before[name], after[name]) for name in before.keys() - touched)
-
-    gradients = {name: np.zeros(step.arrays()[name].shape) for name in ("blocks.0.rwkv.key_proj.weight", "embedding.weight")}
-    noise = unfreeze.gradient_injection(gradients, ["blocks.0.rwkv.key_proj.weight"], 0.001, 5, 17)
-    assert noise.keys() == {"blocks.0.rwkv.key_proj.weight"} and 0.0007 < noise["blocks.0.rwkv.key_proj.weight"].std() < 0.0013
-    (bare,) = advance(step, 4, 4, details=True)
-    step.restore(*({name: value for name, value in after.items() if name in part} for part in (
-        initial, {name for name in after if name.startswith(("first.", "second."))}, {"0.ssm", "0.wkv"})), 3)
-    (found,) = advance(step, 4, 4, details=True, inject=lambda given: unfreeze.gradient_injection(given, list(noise), 0.001, 5, 17))
-    for name, value in found.gradients.items():
-        np.testing.assert_allclose(value, bare.gradients[name] + noise.get(name, 0.0), rtol=1e-12, atol=1e-300)
