@@ -242,6 +242,7 @@ class MonitorsConfig:
     state_warn: float = 100.0
     zero_share: float = 0.9
     opposed: float = -0.5
+    opposed_looks: int = 4  # in a row
     vanishing: float = 1e-7
     alert: int = 5
     dying: float = 0.01  # share of a parameter's greatest RMS
@@ -257,7 +258,7 @@ class MonitorsConfig:
         between(self, "opposed", -1.0, 0.0, ends="[)")
         between(self, "dying", 0.0, 1.0, ends="[)")
         between(self, "drift_ratio", 1.0, math.inf)
-        whole(self, alert=0, drift_tokens=2, drift_chunk=1)
+        whole(self, alert=0, opposed_looks=1, drift_tokens=2, drift_chunk=1)
         if not self.state_low < self.state_high <= self.state_warn:
             raise ValueError(
                 f"state_low < state_high <= state_warn must hold, found state_low={self.state_low}, state_high={self.state_high} and "

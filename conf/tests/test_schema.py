@@ -46,6 +46,7 @@ from conf.models import GroundedMambaConfig
         (schema.RecoveryConfig, {"minimum": 60}, "minimum must be at most window, found minimum=60 and window=50"),
         (schema.MonitorsConfig, {"state_low": 20.0}, "state_low < state_high <= state_warn must hold"),
         (schema.MonitorsConfig, {"opposed": 0.5}, "opposed must lie in"),
+        (schema.MonitorsConfig, {"opposed_looks": 0}, "opposed_looks must be an integer of at least 1"),
         (schema.MonitorsConfig, {"dying": 1.0}, "dying must lie in"),
         (schema.MonitorsConfig, {"alert": -1}, "alert must be an integer of at least 0"),
         (schema.MonitorsConfig, {"drift_tokens": 1000}, "drift_tokens must hold at least two chunks"),

@@ -1,10 +1,11 @@
 """Gradient pathology: three symptoms per parameter, one point each; the score of a look is the sum of its points.
 
     zeros      more than 90 % of the entries are exactly zero
-    opposed    cosine with the gradient of the look before is below -0.5
+    opposed    cosine with the gradient of the look before is below -0.5, at this look and the three before it
     vanishing  norm below 1e-7
 
-A parameter is scored once it has had a gradient at all: one that nothing reads yet (the memory bank's query before the first write) has
+Being opposed once is nothing: in healthy runs of our models a fifth of all parameters are, at any look, most of them biases and norms with
+few entries. A gradient that turns round time after time is one that oscillates. A parameter is scored once it has had a gradient at all: one that nothing reads yet (the memory bank's query before the first write) has
 none, and is counted as silent. Above a score of 5 the look is an alert. Bounds are those of `conf.schema.MonitorsConfig`.
 """
 
@@ -28,6 +29,7 @@ class Look:
 
     symptoms: dict[str, list[str]] = field(default_factory=lambda: {"zeros": [], "opposed": [], "vanishing": []})
     silent: list[str] = field(default_factory=list)
+    turned: int = 0  # parameters that are opposed at this look, however often before
 
     @property
     def score(self) -> int:
@@ -37,14 +39,16 @@ class Look:
     def statistics(self) -> dict[str, float]:
         """Flat, ready to be logged."""
         counts = {f"pathology/{symptom}": float(len(names)) for symptom, names in self.symptoms.items()}
-        return counts | {"pathology/score": float(self.score), "pathology/silent": float(len(self.silent))}
+        return counts | {"pathology/score": float(self.score), "pathology/silent": float(len(self.silent)), "pathology/turned": float(self.turned)}
 
 
 class Pathology:
     """Looks at gradients; remembers the last one of every parameter that ever had one."""
 
-    def __init__(self, config: MonitorsConfig, last: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(self, config: MonitorsConfig, last: Mapping[str, np.ndarray] | None = None, turns: Mapping[str, int] | None = None) -> None:
+        """`last` and `turns`: what `arrays` and `record` gave."""
         self._config, self._last = config, dict(last or {})
+        self._turns = dict(turns or {})  # looks in a row at which a parameter was opposed
 
     def look(self, gradients: Mapping[str, np.ndarray]) -> Look:
         """The symptoms of these gradients. One with entries that are not finite says nothing here, and is passed over."""
@@ -61,7 +65,10 @@ class Pathology:
                 look.symptoms["zeros"].append(name)
             if norm < config.vanishing:
                 look.symptoms["vanishing"].append(name)
-            if name in self._last and cosine(flat, self._last[name]) < config.opposed:
+            opposed = name in self._last and cosine(flat, self._last[name]) < config.opposed
+            self._turns[name] = self._turns.get(name, 0) + 1 if opposed else 0
+            look.turned += opposed
+            if self._turns[name] >= config.opposed_looks:
                 look.symptoms["opposed"].append(name)
             self._last[name] = flat.astype(np.float32)
         return look
@@ -76,6 +83,10 @@ class Pathology:
     def arrays(self) -> dict[str, np.ndarray]:
         """For a checkpoint: the last gradients, flat, float32."""
         return dict(self._last)
+
+    def record(self) -> dict[str, int]:
+        """For a checkpoint: looks in a row at which a parameter was opposed, where there were any."""
+        return {name: turns for name, turns in self._turns.items() if turns}
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

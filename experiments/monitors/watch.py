@@ -21,7 +21,7 @@ class Watch:
         """`record` and `arrays` of a checkpoint, if the run goes on from one."""
         record = record or {}
         self.config = config
-        self._pathology = pathology.Pathology(config, arrays)
+        self._pathology = pathology.Pathology(config, arrays, record.get("turns"))
         self._weights = weights.DyingWeights(config, record.get("weights"))
         self._leak = leak.LeakMonitor(config.leak_megabytes)
         self._standing = Standing(record.get("standing", ()))
@@ -47,7 +47,7 @@ class Watch:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint's description holds."""
-        return {"weights": self._weights.record(), "standing": self._standing.record()}
+        return {"weights": self._weights.record(), "turns": self._pathology.record(), "standing": self._standing.record()}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that a checkpoint holds."""

@@ -61,7 +61,6 @@ def test_pathology_is_quiet_on_independent_gradients() -> None:
     ("symptom", "change"),
     [
         ("zeros", lambda value: np.where(np.arange(35).reshape(7, 5) < 3, value, 0.0)),  # 32 of 35 are zero
-        ("opposed", lambda value: -value),
         ("vanishing", lambda value: 1e-9 * value),
     ],
 )
@@ -73,22 +72,35 @@ def test_pathology_fires_for_each_symptom(symptom: str, change: Callable[[np.nda
     (finding,) = pathology.findings(look)
     assert finding.level == "warning" and f"score 6 is above 5: {symptom}: p0, p1, p2, p3 ..." in finding.message
     assert look.statistics() == {
-        "pathology/zeros": 0.0, "pathology/opposed": 0.0, "pathology/vanishing": 0.0, "pathology/silent": 0.0, "pathology/score": 6.0,
-        f"pathology/{symptom}": 6.0,
+        "pathology/zeros": 0.0, "pathology/opposed": 0.0, "pathology/vanishing": 0.0, "pathology/silent": 0.0, "pathology/turned": 0.0,
+        "pathology/score": 6.0, f"pathology/{symptom}": 6.0,
     }
     five = Pathology(CONFIG, {name: value.ravel() for name, value in before.items()})
     assert five.findings(five.look({name: change(value) if name != "p0" else value for name, value in before.items()})) == []  # a score of 5
 
 
+def test_pathology_fires_for_gradients_that_turn_round_time_after_time() -> None:
+    before = gradients(np.random.default_rng(1))
+    pathology = Pathology(CONFIG)
+    looks = [pathology.look({name: (-1) ** number * value for name, value in before.items()}) for number in range(4)]
+    assert [look.score for look in looks] == [0] * 4 and [look.turned for look in looks] == [0, 6, 6, 6]
+    again = Pathology(CONFIG, pathology.arrays(), pathology.record())  # as a resumed run goes on
+    look = again.look(before)
+    assert look.symptoms["opposed"] == list(before) and "opposed: p0" in again.findings(look)[0].message
+    assert again.look(before).score == 0 and again.look({name: -value for name, value in before.items()}).score == 0
+    assert Pathology(CONFIG, pathology.arrays()).look(before).score == 0  # without what it remembered
+
+
 def test_pathology_just_inside_its_bounds() -> None:
     value = np.zeros(30)
     value[:3] = 1.0  # exactly 90 % zeros
-    other = np.zeros(30)
-    other[:3] = -1.0, 0.0, 0.0  # cosine -0.577 with it; with the next -0.5
-    pathology = Pathology(CONFIG, {"a": value, "b": np.array([1.0, 0.0])})
-    look = pathology.look({"a": other, "b": np.array([-0.49, math.sqrt(1 - 0.49**2)])})
-    assert look.symptoms == {"zeros": ["a"], "opposed": ["a"], "vanishing": []}
     assert Pathology(CONFIG).look({"a": value}).score == 0
+    value[2] = 0.0
+    assert Pathology(CONFIG).look({"a": value}).symptoms["zeros"] == ["a"]
+    for share, turned in ((-0.49, 0), (-0.51, 1)):
+        look = Pathology(CONFIG, {"b": np.array([1.0, 0.0])}).look({"b": np.array([share, math.sqrt(1 - share**2)])})
+        assert look.turned == turned and look.score == 0
+    assert [Pathology(CONFIG).look({"c": np.array([norm])}).score for norm in (1.1e-7, 0.9e-7)] == [0, 1]
     assert cosine(np.zeros(3), np.ones(3)) == 0.0
 
 
