@@ -4,9 +4,10 @@
     opposed    cosine with the gradient of the look before is below -0.5, at this look and the three before it
     vanishing  norm below 1e-7
 
-Being opposed once is nothing: in healthy runs of our models a fifth of all parameters are, at any look, most of them biases and norms with
-few entries. A gradient that turns round time after time is one that oscillates. A parameter is scored once it has had a gradient at all: one that nothing reads yet (the memory bank's query before the first write) has
-none, and is counted as silent. Above a score of 5 the look is an alert. Bounds are those of `conf.schema.MonitorsConfig`.
+Being opposed once is nothing: in a healthy run a fifth of all parameters are, at any look, most of them biases and norms with few entries.
+A gradient that turns round time after time is one that oscillates. A parameter is scored once it has had a gradient at all: one that
+nothing reads yet (the memory bank's query before the first write) has none, and is counted as silent. Above a score of 5 the look is an
+alert. Bounds are those of `conf.schema.MonitorsConfig`.
 """
 
 from __future__ import annotations
