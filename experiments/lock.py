@@ -2,10 +2,12 @@
 
 The system drops the lock of a process that ends in whatever way, so a file that is there and not locked is stale, and is taken over. The
 file goes with the run; an open one is looked up again after locking, so that nobody holds a lock on a file that was deleted meanwhile.
+On a file system without locks the process itself is looked up, and one on another host is taken to be alive.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +19,7 @@ from typing import Any
 from experiments.errors import RunError
 
 LOCK = "run.lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class RunLock:
@@ -34,9 +37,9 @@ class RunLock:
             while True:
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
                 if not _locked(file):
-                    owner = _owner(file)
+                    refusal = _refusal(file, self.path.parent)
                     os.close(file)
-                    raise RunError(f"run_dir: {self.path.parent} is in use by {owner or 'another run'}; wait for it, or choose another folder")
+                    raise refusal
                 if _same(file, self.path):
                     break
                 os.close(file)
@@ -74,7 +77,7 @@ def check_free(folder: Path) -> None:
         return  # none, or one that `acquire` will name
     try:
         if not _locked(file):
-            raise RunError(f"run_dir: {folder} is in use by {_owner(file) or 'another run'}; wait for it, or choose another folder")
+            raise _refusal(file, folder)
     finally:
         os.close(file)  # and with it the lock
 
@@ -84,7 +87,31 @@ def _locked(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return not _alive(file)
     return True
+
+
+def _alive(file: int) -> bool:
+    """Whether the run that a lock file describes may still be there."""
+    try:
+        described: Any = json.loads(os.pread(file, 4096, 0))
+        if described["host"] != platform.node():
+            return True
+        os.kill(int(described["pid"]), 0)
+    except PermissionError:
+        return True
+    except (ValueError, KeyError, TypeError, ProcessLookupError):
+        return False
+    return True
+
+
+def _refusal(file: int, folder: Path) -> RunError:
+    return RunError(
+        f"run_dir: {folder} is in use by {_owner(file) or 'another run'}; wait for it, or choose another folder; delete {LOCK} there if it is gone"
+    )
 
 
 def _same(file: int, path: Path) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +174,23 @@ def test_lock(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot lock"):
         RunLock(tmp_path / "file").acquire()
+
+
+def test_lock_without_locks_of_the_system_goes_by_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with RunLock(tmp_path), pytest.raises(RunError, match=rf"in use by process {os.getpid()} on .*; delete run.lock there if it is gone"):
+        RunLock(tmp_path).acquire()
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "then"}))
+    with pytest.raises(RunError, match="process 1 on elsewhere"):
+        check_free(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / LOCK).write_text(json.dumps({"pid": gone.pid, "host": platform.node(), "since": "then"}))
+    with RunLock(tmp_path) as lock:
+        assert f"process {gone.pid}" in lock.stale
 
 
 def test_lock_on_a_deleted_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
