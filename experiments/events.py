@@ -33,10 +33,14 @@ class Events:
         """Write an event. `counted`: whether doing the same steps again would bring it about again, so that checkpoints count it."""
         if counted:
             self.counts[kind] = self.counts.get(kind, 0) + 1
-        line = {"step": step, "kind": kind, "level": level, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **details}
-        self._write(json.dumps(report.finite(line)))
+        self.note(step, kind, message, level=level, **details)
         self._console.print(f"step {step}: {kind}: {message}", markup=False, highlight=False)
         self._tracker.log({f"event/{kind}": float(self.counts.get(kind, 1))}, step)
+
+    def note(self, step: int, kind: str, message: str, *, level: str = "warning", **details: Any) -> None:
+        """Write a line to the file alone, about what was shown already."""
+        line = {"step": step, "kind": kind, "level": level, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **details}
+        self._write(json.dumps(report.finite(line)))
 
     def _write(self, line: str) -> None:
         try:

@@ -27,8 +27,9 @@ from experiments.trackers import Tracker
 class Oversight:
     """Events, recovery and monitors of one run, restored from the checkpoint that it goes on from."""
 
-    def __init__(self, state: Session, tracker: Tracker, console: Console) -> None:
-        self._state, self._tracker = state, tracker
+    def __init__(self, state: Session, tracker: Tracker, console: Console, said: list[str]) -> None:
+        """`said`: where warnings arrive that were shown already, a tracker's failure for one; they become lines of the log."""
+        self._state, self._tracker, self._said = state, tracker, said
         before = state.before
         recovery = before.get("recovery", {})
         self.events = Events(state.folder, console, tracker, recovery.get("events"))
@@ -41,6 +42,7 @@ class Oversight:
 
     def step(self, batch: Batch, rates: Mapping[str, float], number: int, *, details: bool) -> tuple[StepResult, dict[str, float]]:
         """A step of training, guarded if recovery is on, and the learning rates that it was given. Raises RunError where the run cannot go on."""
+        self.hear(number)
         state, enabled = self._state, self._state.config.recovery.enabled
         rates = self.recovery.rates(rates)
         dead = self.recovery.injected(number)
@@ -50,6 +52,11 @@ class Oversight:
         else:
             _check(result, number)
         return result, rates
+
+    def hear(self, number: int) -> None:
+        """Put the warnings that arrived into the log."""
+        while self._said:
+            self.events.note(number, "warning", self._said.pop(0))
 
     def look(self, result: StepResult, number: int) -> dict[str, float]:
         """Numbers of the monitors after a step with details; what they find is an event, and parameters that die are unfrozen if configured."""

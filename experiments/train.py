@@ -45,8 +45,15 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
     at work, losses that recovery could not cure.
     """
     console = Console(soft_wrap=True)
+    said: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        print(f"groundwave: {message}", file=sys.stderr)
+        if issubclass(category, RuntimeWarning):
+            said.append(str(message))
+
     with warnings.catch_warnings(), RunLock(folder) as lock:
-        warnings.showwarning = lambda message, *_, **__: print(f"groundwave: {message}", file=sys.stderr)
+        warnings.showwarning = show
         state = session.prepare(config, folder)
         tracker = trackers.make(
             config.tracker, folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
@@ -58,11 +65,12 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
                 f"{state.stream.tokens:,} training and {len(state.held_out):,} held-out tokens; {folder}", highlight=False,
             )
             tracker.log({"data/training_tokens": state.stream.tokens, "data/held_out_tokens": len(state.held_out)}, state.start)
-            oversight = Oversight(state, tracker, console)
+            oversight = Oversight(state, tracker, console, said)
             if lock.stale:
                 oversight.events.add(state.start, "lock", lock.stale, counted=False)
             seconds = _loop(state, oversight, tracker, console)
             summary = _conclude(state, oversight, tracker, console, seconds)
+            oversight.hear(config.training.last_step)
         finally:
             tracker.finish()
     _how_to_look(console, state, tracker)

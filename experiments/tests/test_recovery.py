@@ -20,8 +20,8 @@ import pytest
 from rich.console import Console
 
 import runtime
-from conf.schema import RecoveryConfig, TrainConfig
-from experiments import checkpoint, folder, unfreeze
+from conf.schema import RecoveryConfig, TrackerConfig, TrainConfig
+from experiments import checkpoint, folder, train, unfreeze
 from experiments.errors import RunError
 from experiments.events import EVENTS, Events
 from experiments.folder import plain
@@ -29,7 +29,7 @@ from experiments.lock import LOCK, RunLock, check_free
 from experiments.recovery import Recovery
 from experiments.steps.base import StepResult
 from experiments.tests import tiny
-from experiments.tests.faults import advance, build, held, same
+from experiments.tests.faults import advance, build, held, same, settings
 from experiments.trackers import Tracker
 
 
@@ -152,6 +152,19 @@ def test_full_disk_silences_the_files_and_never_stops_a_run(tmp_path: Path) -> N
     with open("/dev/full", "a", encoding="utf-8") as full, pytest.warns(RuntimeWarning, match="written to /dev/full: No space left on device"):
         folder.log(full, tracker, 2, {"loss": 1.0})
     assert [step for step, _ in tracker.seen] == [1, 2]
+
+
+def test_tracker_that_fails_is_a_line_of_the_log_and_the_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise OSError("wandb-core is not there")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    config = settings("torch", text, tracker=TrackerConfig())
+    train.run(replace(config, training=replace(config.training, stop_at=2)), tmp_path)
+    (line,) = told(tmp_path)
+    assert (line["step"], line["kind"]) == (1, "warning") and "wandb-core is not there" in line["message"]
 
 
 def test_lock(tmp_path: Path) -> None:
