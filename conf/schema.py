@@ -22,6 +22,7 @@ STATE_KINDS = {"grounded_mamba": ("ssm", "wkv"), "deltanet_lm": ("S",)}  # state
 TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
 ARTIFACTS = ("none", "final", "all")
+UNFREEZE = ("none", "soft_reset", "selective_reinit", "gradient_injection")
 
 
 def _at_least(config: Any, low: float, *names: str) -> None:
@@ -162,8 +163,11 @@ class EvaluationConfig:
     top_k: int | None = 40
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192, 16384])
     chunk: int = 512
+    context_shift: float | None = None  # cosine of successive hidden states below which states are reset; None: never
 
     def __post_init__(self) -> None:
+        if self.context_shift is not None:
+            between(self, "context_shift", -1.0, 1.0, ends="[]")
         whole(self, every=1, tokens=2, final_tokens=2, batch_size=1, sample_tokens=0, chunk=1)
         between(self, "temperature", 0.0, math.inf, ends="[)")
         if self.top_k is not None:
@@ -181,6 +185,89 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         whole(self, every=1, keep=1)
+
+
+@dataclass(frozen=True)
+class UnfreezeConfig:
+    """What is done to parameters that died. `noise` is relative to a parameter's spread, `injection` the spread of the gradient put in."""
+
+    method: str = "none"
+    noise: float = 0.01
+    injection: float = 1e-3
+    steps: int = 20  # for how many steps gradients are put in
+
+    def __post_init__(self) -> None:
+        choice(self, "method", UNFREEZE)
+        _at_least(self, 0.0, "noise", "injection")
+        whole(self, steps=1)
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """What a run does about losses and gradients that are not finite, and about a loss that explodes.
+
+    A loss explodes above `explosion` times the larger of one nat and the median of the last `window` losses, once there are `minimum` of them.
+    `patience` skipped steps in a row count as an explosion. Below `floor` of the configured rate the run gives up.
+    """
+
+    enabled: bool = True
+    skip_factor: float = 0.5
+    rollback_factor: float = 0.7
+    explosion: float = 3.0
+    window: int = 50
+    minimum: int = 10
+    patience: int = 3
+    floor: float = 1e-3
+    good_states: int = 5
+    golden: bool = True
+    unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
+
+    def __post_init__(self) -> None:
+        between(self, "skip_factor", 0.0, 1.0, ends="(]")
+        between(self, "rollback_factor", 0.0, 1.0, ends="(]")
+        between(self, "explosion", 1.0, math.inf)
+        between(self, "floor", 0.0, 1.0, ends="()")
+        whole(self, window=1, minimum=1, patience=1, good_states=1)
+        if self.minimum > self.window:
+            raise ValueError(f"minimum must be at most window, found minimum={self.minimum} and window={self.window}")
+
+
+@dataclass(frozen=True)
+class MonitorsConfig:
+    """Bounds beyond which a monitor raises an event; every `training.monitor_every` steps, drift at every evaluation."""
+
+    enabled: bool = True
+    state_low: float = 0.1
+    state_high: float = 10.0
+    state_warn: float = 100.0
+    zero_share: float = 0.9
+    opposed: float = -0.5
+    opposed_looks: int = 4  # in a row
+    vanishing: float = 1e-7
+    alert: int = 5
+    dying: float = 0.01  # share of a parameter's greatest RMS
+    drift_tokens: int = 4096
+    drift_chunk: int = 512
+    drift_nats: float = 0.1
+    drift_ratio: float = 2.0
+    leak_megabytes: float = 64.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0.0, "state_low", "vanishing", "drift_nats", "leak_megabytes")
+        between(self, "zero_share", 0.0, 1.0, ends="[)")
+        between(self, "opposed", -1.0, 0.0, ends="[)")
+        between(self, "dying", 0.0, 1.0, ends="[)")
+        between(self, "drift_ratio", 1.0, math.inf)
+        whole(self, alert=0, opposed_looks=1, drift_tokens=2, drift_chunk=1)
+        if not self.state_low < self.state_high <= self.state_warn:
+            raise ValueError(
+                f"state_low < state_high <= state_warn must hold, found state_low={self.state_low}, state_high={self.state_high} and "
+                f"state_warn={self.state_warn}"
+            )
+        if self.drift_tokens < 2 * self.drift_chunk:
+            raise ValueError(
+                f"drift_tokens must hold at least two chunks, found drift_tokens={self.drift_tokens} and drift_chunk={self.drift_chunk}"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,6 +305,8 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints of a run: written whole under another name, then renamed, so that a kill at any moment leaves the last good one.
 
     RUN/checkpoints/step-00000200/model/                  what `runtime.save` writes: `runtime.load` reads it, on any backend
-    RUN/checkpoints/step-00000200/training.safetensors    optimiser.{first,second}.NAME, states.LAYER.KIND
-    RUN/checkpoints/step-00000200/checkpoint.json         step, position in the data, configuration, environment, W&B run, sha256 of the rest
+    RUN/checkpoints/step-00000200/training.safetensors    optimiser.{first,second}.NAME, states.LAYER.KIND, monitors.NAME
+    RUN/checkpoints/step-00000200/checkpoint.json         step, position in the data, configuration, environment, recovery, sha256 of the rest
+    RUN/golden/step-00000150/                             the same, of the best validation so far
 
 `checkpoint.json` is written last, and a folder is read only if everything that it lists is there unaltered.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from runtime.checkpoint import load_arrays
 from runtime.files import digest, flush, write_arrays
 
 FOLDER = "checkpoints"
+GOLDEN = "golden"
 _PREFIX = "step-"
 _WRITING = ".writing-"
 _DESCRIPTION = "checkpoint.json"
@@ -35,7 +37,7 @@ _TRAINING = "training.safetensors"
 # Fields that do not change what is computed: a run may be resumed with others.
 _FREE = {
     "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "data.cache_dir", "backend.threads",
-    "training.stop_at", "training.log_every", "training.monitor_every",
+    "training.stop_at", "training.log_every", "training.monitor_every", "monitors",
 }
 
 
@@ -47,20 +49,32 @@ class Checkpoint:
     arrays: dict[str, np.ndarray]  # parameters and buffers, torch names
     optimiser: dict[str, np.ndarray]
     states: dict[str, np.ndarray]
+    monitors: dict[str, np.ndarray]
     description: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Number of optimiser steps done."""
+        """Number of steps done, those that were skipped included."""
         return int(self.description["step"])
+
+    @property
+    def updates(self) -> int:
+        """Number of optimiser steps that led to these parameters."""
+        return int(self.description.get("updates", self.step))
 
 
 def save(
-    run: Path, model: Any, optimiser: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray], description: dict[str, Any], keep: int
+    run: Path, model: Any, optimiser: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray], description: dict[str, Any], keep: int,
+    *, monitors: Mapping[str, np.ndarray] | None = None, folder: str = FOLDER,
 ) -> Path:
-    """Write a checkpoint of `description["step"]` and drop all but the newest `keep`. Returns its folder. Raises RunError if that fails."""
-    root = run / FOLDER
+    """Write a checkpoint of `description["step"]` into `folder` of the run and drop all but the newest `keep`. Returns its own folder.
+
+    In another folder than the checkpoints' own all others are dropped, whatever their step. Raises RunError if it cannot be written; what
+    was written of it is gone then, so that a full disk gets its room back.
+    """
+    root = run / folder
     target = root / f"{_PREFIX}{description['step']:08d}"
+    temporary = root / f"{_WRITING}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for left in root.glob(f"{_WRITING}*"):
@@ -69,11 +83,10 @@ def save(
             if _problem(target) is None:
                 return target
             shutil.rmtree(target)
-        temporary = root / f"{_WRITING}{target.name}"
         temporary.mkdir()
         runtime.save(model, temporary / "model")
-        training = {f"optimiser.{name}": value for name, value in optimiser.items()} | {f"states.{name}": value for name, value in states.items()}
-        write_arrays(temporary / _TRAINING, training)
+        kinds = {"optimiser": optimiser, "states": states, "monitors": monitors or {}}
+        write_arrays(temporary / _TRAINING, {f"{kind}.{name}": value for kind, arrays in kinds.items() for name, value in arrays.items()})
         flush(temporary / _TRAINING)
         files = {path.relative_to(temporary).as_posix(): digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
         (temporary / _DESCRIPTION).write_text(json.dumps({**description, "files": files}, indent=1) + "\n", encoding="utf-8")
@@ -82,15 +95,16 @@ def save(
         flush(temporary)
         os.rename(temporary, target)
         flush(root)
-        for old in _folders(root)[keep:]:
+        for old in _folders(root)[keep:] if folder == FOLDER else [other for other in _folders(root) if other != target]:
             _discard(old)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
     return target
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; one line on stderr for each newer one that cannot."""
+def newest(run: Path, passed: list[str] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that can be read; one line on stderr, and in `passed`, for each newer one that cannot."""
     for folder in _folders(run / FOLDER):
         problem = _problem(folder)
         if problem is None:
@@ -98,8 +112,36 @@ def newest(run: Path) -> Checkpoint | None:
                 return _read(folder)
             except (OSError, ValueError) as error:
                 problem = str(error)
-        print(f"groundwave: checkpoint {folder} is passed over: {problem}", file=sys.stderr)
+        line = f"checkpoint {folder} is passed over: {problem}"
+        print(f"groundwave: {line}", file=sys.stderr)
+        if passed is not None:
+            passed.append(line)
     return None
+
+
+def good(run: Path, tried: Collection[int], most: int) -> Checkpoint | None:
+    """The newest readable one of the last `most` checkpoints of a good state, but for those of the steps `tried`."""
+    found = 0
+    for folder in _folders(run / FOLDER):
+        try:
+            described = _description(folder)
+            if not described.get("good"):
+                continue
+            found += 1
+            if found > most:
+                return None
+            if described["step"] not in tried and _problem(folder) is None:
+                return _read(folder)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def best(run: Path, config: TrainConfig) -> tuple[int, float] | None:
+    """Step and validation, bits per byte, of the golden checkpoint; None where there is none that can be read, of this configuration."""
+    readable = map(_description, [folder for folder in _folders(run / GOLDEN) if _problem(folder) is None])
+    found = [(float(each["validation"]), int(each["step"])) for each in readable if not config_differences(each.get("config", {}), config)]
+    return min(found)[::-1] if found else None
 
 
 def newest_run(output: Path, config: TrainConfig) -> Path | None:
@@ -163,11 +205,11 @@ def _problem(folder: Path) -> str | None:
 def _read(folder: Path) -> Checkpoint:
     _, _, arrays, _ = load_arrays(folder / "model")
     training = runtime.read_arrays(folder / _TRAINING)
-    parts: dict[str, dict[str, np.ndarray]] = {"optimiser": {}, "states": {}}
+    parts: dict[str, dict[str, np.ndarray]] = {"optimiser": {}, "states": {}, "monitors": {}}
     for name, value in training.items():
         kind, _, rest = name.partition(".")
         parts[kind][rest] = value
-    return Checkpoint(folder, arrays, parts["optimiser"], parts["states"], _description(folder))
+    return Checkpoint(folder, arrays, parts["optimiser"], parts["states"], parts["monitors"], _description(folder))
 
 
 def _discard(folder: Path) -> None:

@@ -33,6 +33,7 @@ from experiments.checkpoint import newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
 from experiments.errors import RunError
+from experiments.lock import check_free
 from runtime.build import check_backend
 
 USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
@@ -173,6 +174,8 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
     for config in configs:
         COMMANDS[root].check(config)
     folder = first.run_dir or _folder(first, root, sweep=parsed.multirun)
+    if root == "train":
+        check_free(Path(folder))
     writable(Path(folder))
     absolute = Path(folder).absolute()
     return [*arguments, f"run_dir={_quoted(str(absolute))}"] if first.run_dir is None else arguments

@@ -20,20 +20,28 @@ class Validation:
     perplexity: float
     tokens: int
     bytes: int
+    resets: int = 0  # rows whose states were reset because their context had shifted
 
 
-def validate(step: TrainStep, lanes: np.ndarray, tokenizer: Tokenizer, chunk: int) -> Validation:
+def validate(step: TrainStep, lanes: np.ndarray, tokenizer: Tokenizer, chunk: int, shift: float | None = None) -> Validation:
     """Run the lanes (B, S + 1) through the model in chunks of columns, states handed on from zero.
 
-    Every lane's first token is given and not scored. Ends of documents are predicted too; only bytes are divided by.
+    Every lane's first token is given and not scored. Ends of documents are predicted too; only bytes are divided by. A loss that is not
+    finite ends the pass, and is what the result says. `shift`: cosine of hidden states at the ends of two chunks below which a lane goes on
+    from what reading the second chunk from zero states gives; None never does that.
     """
-    total, states = 0.0, None
+    total, states, resets = 0.0, None, 0
     for start in range(0, lanes.shape[1] - 1, chunk):
         window = lanes[:, start : start + chunk + 1]
-        nats, states = step.evaluate(np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:]), states)
+        ids = np.ascontiguousarray(window[:, :-1])
+        nats, after = step.evaluate(ids, np.ascontiguousarray(window[:, 1:]), states)
         total += nats
+        if not math.isfinite(total):
+            break  # states that are not finite would be refused
+        after, shifted = (after, 0) if shift is None else step.reset_shifted(states, after, ids, shift)
+        states, resets = after, resets + shifted
     tokens, count = lanes.shape[0] * (lanes.shape[1] - 1), scored_bytes(lanes, tokenizer)
-    return Validation(bits_per_byte(total, count), math.exp(min(total / tokens, 700.0)), tokens, count)
+    return Validation(bits_per_byte(total, count), math.exp(min(total / tokens, 700.0)) if math.isfinite(total) else total, tokens, count, resets)
 
 
 def scored_bytes(lanes: np.ndarray, tokenizer: Tokenizer) -> int:

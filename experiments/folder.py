@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,9 +43,12 @@ def describe(folder: Path, config: Any, described: Mapping[str, str], data: Mapp
 
 
 def log(metrics: TextIO, tracker: Tracker, step: int, values: Mapping[str, float]) -> None:
-    """A line of the metrics file, and the same numbers to the tracker."""
-    metrics.write(json.dumps(report.finite({"step": step, **values})) + "\n")
-    metrics.flush()
+    """A line of the metrics file, and the same numbers to the tracker. A full disk never stops a run: it is warned of once."""
+    try:
+        line = json.dumps(report.finite({"step": step, **values})) + "\n"
+        os.write(metrics.fileno(), line.encode())  # past the file's buffer, which would keep what could not be written and fail on closing
+    except OSError as error:
+        warnings.warn(f"numbers could not be written to {metrics.name}: {error.strerror or error}", RuntimeWarning, stacklevel=2)
     tracker.log(values, step)
 
 

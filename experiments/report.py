@@ -39,8 +39,8 @@ def finite(value: Any) -> Any:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric."""
-    points = [(int(row["step"]), float(row[name])) for row in rows if name in row]
+    """Steps and values of one metric, where it was finite."""
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -117,3 +117,6 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         f"of training at {summary['tokens_per_second']:.0f} tokens/s, peak memory {summary['peak_megabytes']:.0f} MB",
         highlight=False,
     )
+    if summary["events"]:
+        counted = ", ".join(f"{count} x {kind}" for kind, count in summary["events"].items())
+        console.print(f"events: {counted}; learning rate at the end x {summary['rate_factor']:.4g}", highlight=False)

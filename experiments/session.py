@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiments.data import batches, corpus, tokens
 from experiments.errors import RunError
 from experiments.folder import METRICS, describe, plain
 from experiments.steps import TrainStep, make
+from runtime.init import init_arrays
 
 
 @dataclass
@@ -35,6 +37,9 @@ class Session:
     seconds: float  # of training, before this process
     environment: dict[str, str]
     data: dict[str, Any]
+    before: dict[str, Any] = field(default_factory=dict)  # the description of the checkpoint that the run goes on from
+    monitors: dict[str, np.ndarray] = field(default_factory=dict)  # and its monitors' arrays
+    notes: list[str] = field(default_factory=list)  # checkpoints that were passed over
 
     def parameters(self) -> int:
         """Trainable and frozen parameters, the tied head once, the memory bank left out."""
@@ -45,7 +50,8 @@ class Session:
 
 def prepare(config: TrainConfig, folder: Path) -> Session:
     """Read the data, build or restore the model, and write what describes the run. Raises RunError for what the user can put right."""
-    resumed = _resumed(config, folder)
+    notes: list[str] = []
+    resumed = _resumed(config, folder, notes)
     text = corpus.load(config.data)
     tokenizer = tokens.tokenizer(config.data, text)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -63,8 +69,7 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
     _threads(config)
     step = make(model, config)
     if resumed:
-        step.load_optimiser(resumed.optimiser, resumed.step)
-        step.load_carried(resumed.states)
+        step.restore(resumed.arrays, resumed.optimiser, resumed.states, resumed.updates)
     described = environment.describe()
     data = {"sha256": text.sha256, "training_tokens": stream.tokens, "held_out_tokens": len(held_out), "files": text.listing()}
     describe(folder, config, described, data)
@@ -74,33 +79,52 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
     description = resumed.description if resumed else {}
     return Session(
         config, folder, tokenizer, stream, held_out, step, resumed.step if resumed else 0,
-        description.get("tracker_id"), float(description.get("seconds", 0.0)), described, data,
+        description.get("tracker_id"), float(description.get("seconds", 0.0)), described, data, description,
+        resumed.monitors if resumed else {}, notes,
     )
 
 
-def save(session: Session, done: int, seconds: float, tracker_id: str | None) -> Path:
-    """Write a checkpoint after `done` steps."""
-    stream = session.stream
+def save(session: Session, done: int, seconds: float, oversight: Mapping[str, Any], *, golden: bool = False) -> Path:
+    """Write a checkpoint after `done` steps. `oversight`: what `Oversight` adds to its description, and "arrays" of the monitors."""
+    stream, config, step = session.stream, session.config, session.step
     description = {
         "step": done,
-        "seed": session.config.seed,
+        "updates": step.steps_done,
+        "seed": config.seed,
         "data": {"sha256": session.data["sha256"], "epoch": done // stream.steps_per_epoch, "step_in_epoch": done % stream.steps_per_epoch},
-        "config": plain(session.config),
+        "config": plain(config),
         "environment": session.environment,
-        "tracker_id": tracker_id,
         "seconds": round(seconds, 3),
+        **{name: value for name, value in oversight.items() if name != "arrays"},
     }
-    step = session.step
-    return checkpoint.save(session.folder, step.model, step.optimiser_arrays(), step.carried(), description, session.config.checkpoint.keep)
+    keep = max(config.checkpoint.keep, config.recovery.good_states) if config.recovery.enabled else config.checkpoint.keep
+    return checkpoint.save(
+        session.folder, step.model, step.optimiser_arrays(), step.carried(), description, keep, monitors=oversight["arrays"],
+        folder=checkpoint.GOLDEN if golden else checkpoint.FOLDER,
+    )
 
 
-def _resumed(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
-    existing = any((folder / checkpoint.FOLDER).glob("step-*"))
+def roll_back(session: Session, tried: Collection[int]) -> tuple[int, Mapping[str, Any]]:
+    """Go back to the newest good state but for those of the steps `tried`, or to the initial one: its step and its recovery record.
+
+    Carried states come back with it: they are some steps of the same lanes older than the text that follows, and known to be healthy.
+    """
+    config, step = session.config, session.step
+    found = checkpoint.good(session.folder, tried, config.recovery.good_states)
+    if found is None:
+        step.restore(init_arrays(config.architecture, config.model, config.seed), {}, {}, 0)
+        return 0, {}
+    step.restore(found.arrays, found.optimiser, found.states, found.updates)
+    return found.step, found.description["recovery"]
+
+
+def _resumed(config: TrainConfig, folder: Path, notes: list[str]) -> checkpoint.Checkpoint | None:
+    existing = any(path for name in (checkpoint.FOLDER, checkpoint.GOLDEN) for path in (folder / name).glob("step-*"))
     if config.resume == "none":
         if existing:
             raise RunError(f"run_dir: {folder} already holds checkpoints; add resume=auto to go on from them, or choose another folder")
         return None
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest(folder, notes)
     if found is None:
         print(f"groundwave: no readable checkpoint in {folder}, starting from the beginning", file=sys.stderr)
         return None

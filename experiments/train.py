@@ -25,10 +25,13 @@ from experiments.data import batches
 from experiments.data.tokens import END
 from experiments.errors import RunError
 from experiments.evaluation import Validation, seen_symbols, trigram_bits_per_byte, validate
+from experiments.events import EVENTS
 from experiments.folder import METRICS, how_to_look, log, progress_bar
+from experiments.lock import RunLock
+from experiments.monitors import context_shift
 from experiments.monitors.memory import peak_bytes
-from experiments.monitors.statistics import gradient_statistics, state_statistics
 from experiments.ngram import Trigram
+from experiments.oversight import Oversight
 from experiments.session import Session
 from experiments.steps.base import StepResult
 from experiments.tasks import long_context
@@ -38,11 +41,19 @@ from experiments.trackers import Tracker
 def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[str, Any]:
     """Train as configured in `folder` and return the summary that is also written there. `group`: the sweep's name, if any.
 
-    Raises RunError for what the user can put right: paths, data, a checkpoint of another configuration, a loss that is not finite.
+    Raises RunError for what the user can put right: paths, data, a checkpoint of another configuration, a folder in which another run is
+    at work, losses that recovery could not cure.
     """
     console = Console(soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"groundwave: {message}", file=sys.stderr)
+    said: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        print(f"groundwave: {message}", file=sys.stderr)
+        if issubclass(category, RuntimeWarning):
+            said.append(str(message))
+
+    with warnings.catch_warnings(), RunLock(folder) as lock:
+        warnings.showwarning = show
         state = session.prepare(config, folder)
         tracker = trackers.make(
             config.tracker, folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
@@ -54,15 +65,19 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
                 f"{state.stream.tokens:,} training and {len(state.held_out):,} held-out tokens; {folder}", highlight=False,
             )
             tracker.log({"data/training_tokens": state.stream.tokens, "data/held_out_tokens": len(state.held_out)}, state.start)
-            seconds = _loop(state, tracker, console)
-            summary = _conclude(state, tracker, console, seconds)
+            oversight = Oversight(state, tracker, console, said)
+            if lock.stale:
+                oversight.events.add(state.start, "lock", lock.stale, counted=False)
+            seconds = _loop(state, oversight, tracker, console)
+            summary = _conclude(state, oversight, tracker, console, seconds)
+            oversight.hear(config.training.last_step)
         finally:
             tracker.finish()
     _how_to_look(console, state, tracker)
     return summary
 
 
-def _loop(state: Session, tracker: Tracker, console: Console) -> float:
+def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Console) -> float:
     """Train to the last step; the seconds of training, those before a resume included."""
     config, last = state.config, state.config.training.last_step
     lanes = batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size)
@@ -76,19 +91,22 @@ def _loop(state: Session, tracker: Tracker, console: Console) -> float:
             started = time.perf_counter()
             details = done % config.training.monitor_every == 0
             rates = schedule.rates(done, config.training.steps, config.optimiser)
-            result = state.step.step(state.stream.batch(done - 1), rates, details=details)
+            result, rates = oversight.step(state.stream.batch(done - 1), rates, done, details=details)
             elapsed = time.perf_counter() - started
             seconds, window_seconds, window_tokens = seconds + elapsed, window_seconds + elapsed, window_tokens + _tokens(config)
-            _check(result, done)
             logged = done % config.training.log_every == 0 or done == last
             values: dict[str, float] = _figures(result, rates) if logged or details else {}
             if logged:
                 values |= {"time/tokens_per_second": window_tokens / window_seconds, "memory/peak_bytes": float(peak_bytes())}
                 window_tokens, window_seconds = 0, 0.0
             if details:
-                values |= gradient_statistics(result.gradients) | state_statistics(result.states, result.ssm_states)
+                values |= oversight.look(result, done)
             if done % config.evaluation.every == 0 and done < last:
-                values |= _validation(validate(state.step, lanes, state.tokenizer, config.training.context))
+                found = _validate(state, lanes)
+                values |= _validation(found)
+                oversight.validated(done, found.bits_per_byte)
+                values |= oversight.drift(done)
+                oversight.golden(done, seconds, found.bits_per_byte)
             if values:
                 log(metrics, tracker, done, values)
             if logged:
@@ -99,21 +117,30 @@ def _loop(state: Session, tracker: Tracker, console: Console) -> float:
                     held = f"  validation {values['validation/bits_per_byte']:.3f} bits/byte" if "validation/bits_per_byte" in values else ""
                     console.print(f"step {done}/{last}  {figures}{held}", highlight=False)
             progress.update(bar, completed=done)
+            if done == last:
+                oversight.settle(done, lanes[:, : config.training.context + 1])
             if done % config.checkpoint.every == 0 or done == last:
-                saved = session.save(state, done, seconds, tracker.run_id)
-                if config.tracker.artifacts == "all" and done < last:
+                saved = oversight.save(done, seconds, last=done == last) or saved
+                if saved and config.tracker.artifacts == "all" and done < last:
                     _artifact(tracker, state, saved, done)
     if saved and config.tracker.artifacts != "none":
         _artifact(tracker, state, saved, last)
     return seconds
 
 
-def _conclude(state: Session, tracker: Tracker, console: Console, seconds: float) -> dict[str, Any]:
+def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: Console, seconds: float) -> dict[str, Any]:
     """Final validation, trigram, long context, sample, pictures and summary."""
     config, folder, last = state.config, state.folder, state.config.training.last_step
     peak = peak_bytes()
     lanes = batches.lanes(state.held_out, config.evaluation.final_tokens, config.evaluation.batch_size)
-    final = validate(state.step, lanes, state.tokenizer, config.training.context)
+    final = _validate(state, lanes)
+    if not math.isfinite(final.bits_per_byte):
+        raise RunError(f"training: the model at the end gives {final.bits_per_byte} bits per byte on held-out text; lower optimiser.rate")
+    drifted = oversight.drift(last)
+    # The golden checkpoint is chosen by one measure: validation over as many tokens as during training.
+    same = config.evaluation.tokens == config.evaluation.final_tokens
+    during = final if same else _validate(state, batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size))
+    oversight.golden(last, seconds, during.bits_per_byte)
     seen = seen_symbols(state.stream.seen(last), state.tokenizer)
     baseline = trigram_bits_per_byte(Trigram.fit(seen), lanes, state.tokenizer)
     summary: dict[str, Any] = {
@@ -127,10 +154,11 @@ def _conclude(state: Session, tracker: Tracker, console: Console, seconds: float
         "training_seconds": seconds,
         "tokens_per_second": last * _tokens(config) / max(seconds, 1e-9),
         "peak_megabytes": peak / 2**20,
+        **oversight.summary(),
     }
     values = {"final/bits_per_byte": final.bits_per_byte, "final/perplexity": final.perplexity, "final/trigram_bits_per_byte": baseline}
     with open(folder / METRICS, "a", encoding="utf-8") as metrics:
-        log(metrics, tracker, last, values)
+        log(metrics, tracker, last, values | drifted)
     if config.long_context:
         rows = long_context.run(state.step, state.held_out, config.evaluation.lengths, config.evaluation.chunk)
         summary["long_context"] = [dataclasses.asdict(row) for row in rows]
@@ -156,7 +184,13 @@ def _conclude(state: Session, tracker: Tracker, console: Console, seconds: float
 def _sample(state: Session) -> str:
     settings = state.config.evaluation
     prompt = np.concatenate([[END], state.tokenizer.encode(settings.sample_prompt)]).astype(np.int64)[None]
-    ids = state.step.model.generate(prompt, settings.sample_tokens, temperature=settings.temperature, top_k=settings.top_k, seed=state.config.seed)
+    model, seed = state.step.model, state.config.seed
+    if settings.context_shift is None:
+        ids = model.generate(prompt, settings.sample_tokens, temperature=settings.temperature, top_k=settings.top_k, seed=seed)
+    else:
+        ids, _ = context_shift.generate(
+            model, prompt, settings.sample_tokens, settings.temperature, settings.top_k, seed, threshold=settings.context_shift
+        )
     return state.tokenizer.decode(np.asarray(ids)[0].tolist())
 
 
@@ -173,16 +207,12 @@ def _figures(result: StepResult, rates: Mapping[str, float]) -> dict[str, float]
     )
 
 
+def _validate(state: Session, lanes: np.ndarray) -> Validation:
+    return validate(state.step, lanes, state.tokenizer, state.config.training.context, state.config.evaluation.context_shift)
+
+
 def _validation(found: Validation) -> dict[str, float]:
-    return {"validation/bits_per_byte": found.bits_per_byte, "validation/perplexity": found.perplexity}
-
-
-def _check(result: StepResult, step: int) -> None:
-    if not math.isfinite(result.losses["loss"]) or not math.isfinite(result.gradient_norm):
-        parts = ", ".join(f"{name} {value}" for name, value in result.losses.items())
-        raise RunError(
-            f"training: not finite at step {step}: {parts}, gradient norm {result.gradient_norm}; lower optimiser.rate or raise optimiser.warmup"
-        )
+    return {"validation/bits_per_byte": found.bits_per_byte, "validation/perplexity": found.perplexity, "validation/resets": float(found.resets)}
 
 
 def _artifact(tracker: Tracker, state: Session, saved: Path, step: int) -> None:
@@ -192,8 +222,8 @@ def _artifact(tracker: Tracker, state: Session, saved: Path, step: int) -> None:
 def _how_to_look(console: Console, state: Session, tracker: Tracker) -> None:
     folder = state.folder
     places = [
-        ("curves", f"{folder / 'curve.svg'}"), ("numbers", f"{folder / METRICS}, {folder / 'summary.json'}"),
-        ("checkpoints", f"{folder / checkpoint.FOLDER}"),
+        ("curves", f"{folder / 'curve.svg'}"), ("numbers", f"{folder / METRICS}, {folder / EVENTS}, {folder / 'summary.json'}"),
+        ("checkpoints", f"{folder / checkpoint.FOLDER}, the best one in {folder / checkpoint.GOLDEN}"),
         ("the model", f"runtime.load('{_newest(folder)}/model', backend='{state.config.backend.name}')"),
     ]
     how_to_look(console, tracker, places)

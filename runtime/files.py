@@ -31,8 +31,14 @@ _PREFERRED = ("model_state_dict", "state_dict", "model")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """One safetensors file. `format: pt` so that torch's readers accept it; contiguous, or safetensors writes other numbers."""
-    save_file({key: np.ascontiguousarray(value).reshape(np.shape(value)) for key, value in arrays.items()}, path, metadata={"format": "pt"})
+    """One safetensors file. `format: pt` so that torch's readers accept it; contiguous, or safetensors writes other numbers.
+
+    Raises OSError where the file cannot be written.
+    """
+    try:
+        save_file({key: np.ascontiguousarray(value).reshape(np.shape(value)) for key, value in arrays.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own type even for a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

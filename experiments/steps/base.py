@@ -10,8 +10,9 @@ Letters: B batch, L length, V vocabulary, N state.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,13 @@ import numpy as np
 
 from conf.schema import TrainConfig
 from experiments.data.batches import Batch
+from experiments.monitors import context_shift
+from runtime.arrays import check
 
 IGNORED = -100
 PARTS = ("loss", "cross_entropy", "state_penalty", "smoothness")
 States = list[dict[str, Any]]
+Gradients = dict[str, np.ndarray]
 
 
 @dataclass
@@ -35,6 +39,8 @@ class StepResult:
     gradients: dict[str, np.ndarray] = field(default_factory=dict)  # torch names, before clipping
     states: list[dict[str, np.ndarray]] = field(default_factory=list)
     ssm_states: list[np.ndarray] = field(default_factory=list)  # (B, L, N) of every layer
+    skipped: str = ""  # what was not finite, where a guarded step therefore changed nothing
+    zeroed: dict[str, int] = field(default_factory=dict)  # parameters whose gradient a guarded step zeroed -> entries that were not finite
 
 
 class TrainStep(ABC):
@@ -47,8 +53,15 @@ class TrainStep(ABC):
         size = config.training.batch_size
         self._order = np.random.default_rng([config.seed, 1]).permutation(size) if config.data.permute_rows else None
 
-    def step(self, batch: Batch, rates: Mapping[str, float], *, details: bool = False) -> StepResult:
-        """One optimiser step with the learning rate of every group. Rows go through the model in `permute_rows`' order, if any."""
+    def step(
+        self, batch: Batch, rates: Mapping[str, float], *, details: bool = False, guard: bool = False,
+        inject: Callable[[Gradients], Gradients] | None = None,
+    ) -> StepResult:
+        """One optimiser step with the learning rate of every group. Rows go through the model in `permute_rows`' order, if any.
+
+        `guard`: a loss, state or gradient norm that is not finite leaves parameters, optimiser, bank and carried states as they were, and
+        a parameter's gradient that is not finite is zeroed. `inject`: what to add to the gradient that it is given.
+        """
         fresh = batch.fresh or self.states is None or not self.config.training.carry_states
         before = self.zero_states(len(batch.ids)) if fresh else self.states
         ids, labels, states = batch.ids, batch.labels, before
@@ -59,20 +72,64 @@ class TrainStep(ABC):
         outcomes = [self._accumulate(ids[chosen], labels[chosen], states if groups == 1 else self._rows(states, chosen)) for chosen in rows]
         parts, afters, auxes = zip(*outcomes, strict=True)
         after = afters[0] if groups == 1 else self._joined(afters)
-        gradients = self._gradients() if details else {}
         aux = auxes[-1]
-        if self._order is not None and self._memory_due():
-            aux = self._aux(batch.ids[rows[-1]], self._rows(before, rows[-1]))  # the rows that the bank takes depend on their order
-        norm = self._apply(rates)
-        self.states = after if self._order is None else self._rows(after, np.argsort(self._order))
-        if self._has_bank():
-            self._update_memory(aux)
-        self.steps_done += 1
         losses = {name: float(np.mean([part[name] for part in parts])) for name in PARTS}
-        result = StepResult(losses, float(norm), np.asarray(self._numpy(aux.get("gate", ())), dtype=np.float64), gradients)
+        result = StepResult(losses, math.nan, np.asarray(self._numpy(aux.get("gate", ())), dtype=np.float64))
+        if inject is not None:
+            self._add(inject(self._gradients()))
+        result.gradients = self._gradients() if details else {}
+        if guard:
+            self._guard(result, after)
+        if not result.skipped:
+            if self._order is not None and self._memory_due():
+                aux = self._aux(batch.ids[rows[-1]], self._rows(before, rows[-1]))  # the rows that the bank takes depend on their order
+            result.gradient_norm = float(self._apply(rates))
+            self.states = after if self._order is None else self._rows(after, np.argsort(self._order))
+            if self._has_bank():
+                self._update_memory(aux)
+            self.steps_done += 1
+        else:
+            self._discard()
+            self.states = before
         if details:
             result.states, result.ssm_states = self._numpy(self.states), self._numpy(aux.get("ssm_states", []))
         return result
+
+    def _guard(self, result: StepResult, after: States) -> None:
+        """Say in `result` why the step must not be applied, or clean its gradient."""
+        infinite = [f"{name} {value}" for name, value in result.losses.items() if not math.isfinite(value)]
+        finite = all(np.isfinite(value).all() for state in self._numpy(after) for value in state.values())
+        if infinite or not finite:
+            result.skipped = ", ".join(infinite) or "a state that would be carried"
+            return
+        norm = self._norm()
+        if not math.isfinite(norm):
+            result.zeroed = self._clean()
+            norm = self._norm() if result.zeroed else norm
+        if not math.isfinite(norm):
+            result.skipped = f"gradient norm {norm}"
+
+    def restore(self, arrays: Mapping[str, np.ndarray], optimiser: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray], updates: int) -> None:
+        """Go back to what `arrays`, `optimiser_arrays` and `carried` gave after `updates` steps; no moments at all stand for zeros."""
+        self.load_arrays(arrays)
+        moments = optimiser or {name: np.zeros_like(value) for name, value in self.optimiser_arrays().items()}
+        if moments:
+            self.load_optimiser(moments, updates)
+        self.steps_done = updates
+        self.load_carried(states)
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Parameters and buffers under torch's names, tied ones left out or equal. Raises ValueError for missing, unused or misshapen ones."""
+        self._load_arrays(check(self.config.architecture, self.model.config, arrays, self.config.backend.dtype))
+
+    def reset_shifted(self, before: States | None, after: States, ids: np.ndarray, threshold: float) -> tuple[States, int]:
+        """`after` reading `ids` (B, L) from `before`; rows whose context shifted get what reading them from zero states gives. Their number too."""
+        now = self._numpy(after)
+        rows = context_shift.shifted(None if before is None else self._numpy(before), now, threshold)
+        if not rows.any():
+            return after, 0
+        fresh = self._numpy(self.evaluate(ids, ids, None)[1])
+        return self._native(context_shift.chosen(rows, fresh, now)), int(rows.sum())
 
     def _has_bank(self) -> bool:
         return bool(getattr(self.model.config, "memory_size", 0))
@@ -124,8 +181,28 @@ class TrainStep(ABC):
         """Clip, update the parameters, clear the gradient; its norm before clipping."""
 
     @abstractmethod
-    def _gradients(self) -> dict[str, np.ndarray]:
+    def _gradients(self) -> Gradients:
         """The accumulated gradient under torch's names, in torch's layout."""
+
+    @abstractmethod
+    def _add(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Add to the accumulated gradient of the parameters named."""
+
+    @abstractmethod
+    def _norm(self) -> float:
+        """Norm of the accumulated gradient."""
+
+    @abstractmethod
+    def _clean(self) -> dict[str, int]:
+        """Zero the gradient of every parameter in which an entry is not finite; the number of such entries by name."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Clear the accumulated gradient."""
+
+    @abstractmethod
+    def _load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over complete and checked parameters and buffers."""
 
     @abstractmethod
     def _update_memory(self, aux: dict[str, Any]) -> None:

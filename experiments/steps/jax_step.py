@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from conf.schema import LossConfig, TrainConfig
-from experiments.steps.base import IGNORED, States, TrainStep
+from experiments.steps.base import IGNORED, Gradients, States, TrainStep
 from experiments.steps.groups import GROUPS, group_of
 from jax_impl.weights import flatten, torch_name
 
@@ -78,6 +78,7 @@ class Functions:
         )
         self.gradient = jax.jit(self._gradient)
         self.update = jax.jit(self._update)
+        self.norm = jax.jit(self._norm)
         self.update_memory = jax.jit(function.update_memory) if hasattr(function, "update_memory") else None
         self.evaluation = jax.jit(self._evaluation)
 
@@ -102,8 +103,12 @@ class Functions:
         gradient, (parts, after, aux) = jax.grad(loss, has_aux=True)(variables["params"])
         return self.flat(gradient), parts, after, aux
 
+    @staticmethod
+    def _norm(gradient: Flat) -> Array:
+        return jnp.sqrt(sum((leaf * leaf).sum() for leaf in gradient.values()))
+
     def _update(self, params: Any, optimiser: Any, gradient: Flat, rates: dict[str, Array]) -> tuple[Any, Any, Array]:
-        total = jnp.sqrt(sum((leaf * leaf).sum() for leaf in gradient.values()))
+        total = self._norm(gradient)
         factor = jnp.minimum(1.0, self.config.optimiser.clip_norm / (total + 1e-6))  # torch's formula
         inner = {}
         for group, masked in optimiser.inner_states.items():
@@ -197,8 +202,32 @@ class JaxStep(TrainStep):
         self._grads = None
         return float(total)
 
-    def _gradients(self) -> dict[str, np.ndarray]:
+    def _gradients(self) -> Gradients:
         return {name: self._torch_layout(name, leaf) for name, leaf in (self._grads or {}).items()}
+
+    def _add(self, gradients: Mapping[str, np.ndarray]) -> None:
+        with self._precision():
+            for name, value in gradients.items():
+                gradient = self._grads[name]
+                self._grads[name] = gradient + jnp.asarray(self._torch_layout(name, value), gradient.dtype)
+
+    def _norm(self) -> float:
+        with self._precision():
+            return float(self._functions.norm(self._grads))
+
+    def _clean(self) -> dict[str, int]:
+        counts = {name: int((~np.isfinite(np.asarray(leaf))).sum()) for name, leaf in self._grads.items()}
+        counts = {name: count for name, count in counts.items() if count}
+        with self._precision():
+            self._grads |= {name: jnp.zeros_like(self._grads[name]) for name in counts}
+        return counts
+
+    def _discard(self) -> None:
+        self._grads = None
+
+    def _load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        with self._precision():
+            self.model.variables = self.model.model.variables(dict(arrays))
 
     def _update_memory(self, aux: dict[str, Any]) -> None:
         with self._precision():

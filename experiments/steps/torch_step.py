@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import LossConfig, TrainConfig
-from experiments.steps.base import IGNORED, States, TrainStep
+from experiments.steps.base import IGNORED, Gradients, States, TrainStep
 from experiments.steps.groups import GROUPS, group_of
 
 
@@ -101,9 +101,7 @@ class TorchStep(TrainStep):
         return {name: part.item() for name, part in parts.items()}, detached, aux
 
     def _apply(self, rates: Mapping[str, float]) -> float:
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)  # AdamW skips None, and would skip the decay with it
+        self._fill()
         total = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.optimiser.clip_norm)
         for group in self._optimiser.param_groups:
             group["lr"] = rates[group["name"]]
@@ -111,11 +109,39 @@ class TorchStep(TrainStep):
         self._optimiser.zero_grad(set_to_none=True)
         return total.item()
 
-    def _gradients(self) -> dict[str, np.ndarray]:
+    def _fill(self) -> None:
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # AdamW skips None, and would skip the decay with it
+
+    def _gradients(self) -> Gradients:
         return {
             name: np.zeros(tuple(parameter.shape)) if parameter.grad is None else parameter.grad.numpy().copy()
             for name, parameter in self._parameters.items()
         }
+
+    def _add(self, gradients: Mapping[str, np.ndarray]) -> None:
+        self._fill()
+        for name, value in gradients.items():
+            gradient = self._parameters[name].grad
+            gradient += torch.from_numpy(value).to(gradient)
+
+    def _norm(self) -> float:
+        self._fill()
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters.values()]).item()
+
+    def _clean(self) -> dict[str, int]:
+        counts = {name: int((~torch.isfinite(parameter.grad)).sum()) for name, parameter in self._parameters.items()}
+        counts = {name: count for name, count in counts.items() if count}
+        for name in counts:
+            self._parameters[name].grad.zero_()
+        return counts
+
+    def _discard(self) -> None:
+        self._optimiser.zero_grad(set_to_none=True)
+
+    def _load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.module.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=True)
 
     def _update_memory(self, aux: dict[str, Any]) -> None:
         self.module.update_memory(aux)
