@@ -19,7 +19,7 @@ from torch_impl.gru import GruLM as TorchGruLM
 from torch_impl.transformer import Transformer as TorchTransformer
 
 BATCH, LENGTH, VOCABULARY = 3, 19, 29
-TRANSFORMER = TransformerConfig(vocab_size=VOCABULARY, dim=42, depth=2, heads=7, ffn_dim=31, window=5)
+TRANSFORMER = TransformerConfig(vocab_size=VOCABULARY, dim=42, depth=1, heads=7, ffn_dim=31, window=5)
 GRU = GruConfig(vocab_size=VOCABULARY, dim=35, depth=1)
 REGIMES = ("as is", "carried state")
 BOUNDS = (
