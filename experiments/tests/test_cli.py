@@ -65,7 +65,7 @@ def test_control_yaml_and_schema_say_the_same_defaults() -> None:
 def test_yaml_and_schema_say_the_same_defaults() -> None:
     """Except where the YAML chooses a model and a place: nothing is trained with a number that the schema does not show."""
     composed, default = cli.validate(cli.composed([])), schema.TrainConfig()
-    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint"):
+    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint", "comparison"):
         assert getattr(composed, section) == getattr(default, section), section
 
 
@@ -103,6 +103,9 @@ WRONG = {
     "missing data": (["data.path=/nowhere/at/all"], "data.path: no file or folder /nowhere/at/all"),
     "backend that trains nothing": (["model=deltanet_lm_tiny", "backend.name=cython"], "backend.name must be one of 'torch', 'torch_compiled'"),
     "backend without kernels to run": (["model=gru_tiny", "backend=torch_compiled"], "backend of 'gru' must be one of 'torch', 'jax'"),
+    "comparison with an unknown model": (["comparison.models=[lstm_tiny]"], "comparison.models: lstm_tiny: "),
+    "comparison with a field that is not the model's": (["comparison.models=[gru_tiny seed=3]"], "only fields of the model may stand behind a group"),
+    "comparison with a field of another model": (["comparison.models=[gru_tiny model.heads=3]"], "comparison.models: gru_tiny model.heads=3: "),
     "bad config printed": (["--cfg", "job", "model.dim=97"], "found dim=97"),
 }
 
