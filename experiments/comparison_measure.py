@@ -107,6 +107,7 @@ def stream(model: Any, tokens: int, chunk: int) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     """The process of its own; prints one line of JSON."""
     path, backend, tokens, chunk, threads = arguments
+    model = runtime.load(path, backend=backend)
     if int(threads):
         import cython_ext
 
@@ -115,7 +116,7 @@ def main(arguments: list[str]) -> int:
             import torch
 
             torch.set_num_threads(int(threads))
-    print(json.dumps(stream(runtime.load(path, backend=backend), int(tokens), int(chunk))))
+    print(json.dumps(stream(model, int(tokens), int(chunk))))
     return 0
 
 
