@@ -104,8 +104,8 @@ WRONG = {
     "backend that trains nothing": (["model=deltanet_lm_tiny", "backend.name=cython"], "backend.name must be one of 'torch', 'torch_compiled'"),
     "backend without kernels to run": (["model=gru_tiny", "backend=torch_compiled"], "backend of 'gru' must be one of 'torch', 'jax'"),
     "comparison with an unknown model": (["comparison.models=[lstm_tiny]"], "comparison.models: lstm_tiny: "),
-    "comparison with a field that is not the model's": (["comparison.models=[gru_tiny seed=3]"], "only fields of the model may stand behind a group"),
-    "comparison with a field of another model": (["comparison.models=[gru_tiny model.heads=3]"], "comparison.models: gru_tiny model.heads=3: "),
+    "comparison with a field that is not the model's": (['comparison.models=["gru_tiny seed=3"]'], "only fields of the model may stand behind"),
+    "comparison with a field of another model": (['comparison.models=["gru_tiny model.heads=3"]'], "comparison.models: gru_tiny model.heads=3: "),
     "bad config printed": (["--cfg", "job", "model.dim=97"], "found dim=97"),
 }
 
