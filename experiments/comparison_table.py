@@ -96,19 +96,22 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
         cells = [row[column.path].text(column) if column.path in row else "" for column in columns]
         lines.append(f"| {label} | {first['parameters']:,} | {first['backend']} | {first['rate']:g} | " + " | ".join(cells) + " |")
     seeds = sorted({result["seed"] for result in results})
+    shares = [column.path.replace("accuracy", "error") for column in COLUMNS if column.share]
+    errors = [error for result in results for error in (number(result, path) for path in shares) if error is not None]
     chance = ", ".join(f"{name} {100 * value:.1f} %" for name, value in settings["chances"].items())
     notes = [
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; each run {settings['steps']:,} steps, {settings['tokens']:,} tokens "
         f"of the same text (sha256 {settings['data'][:12]}), {settings['dtype']}, threads: {settings['threads']}, {settings['machine']}.",
         f"Memory: peak of a process that streams {settings['memory_tokens']:,} tokens in chunks of {settings['chunk']}, above what it holds after "
         "two; one seed. State: what is carried from chunk to chunk.",
-        f"Chance: {chance}. Trained on it: {settings['puzzle_steps']} further steps on other puzzles of that kind.",
+        f"Chance: {chance}; the standard error of one run is at most {100 * max(errors, default=math.nan):.1f} %. "
+        f"Trained on it: {settings['puzzle_steps']} further steps on other puzzles of that kind.",
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def figure(results: Sequence[Mapping[str, Any]], chances: Mapping[str, float]) -> Figure:
-    """One panel for each column: every seed a point, the mean a line, chance dashed."""
+    """One panel for each column: every seed a point, with its standard error where it is a share of puzzles; the mean a line, chance dashed."""
     names = labels(results)
     table = {label: spreads(results, label) for label in names}
     columns = [column for column in COLUMNS if any(column.path in row for row in table.values())]
@@ -120,7 +123,12 @@ def figure(results: Sequence[Mapping[str, Any]], chances: Mapping[str, float]) -
         for place, label in enumerate(names):
             if column.path in table[label]:
                 found = table[label][column.path]
-                axes.plot([place] * len(found.values), [value * column.factor for value in found.values], "o", markersize=3.5, color=f"C{place}")
+                errors = [number(result, column.path.replace("accuracy", "error")) for result in results if result["label"] == label]
+                bars = [error * column.factor for error in errors if error is not None] if column.share else []
+                places = [place + 0.08 * (i - (len(found.values) - 1) / 2) for i in range(len(found.values))]
+                values = [value * column.factor for value in found.values]
+                axes.errorbar(
+                    places, values, yerr=bars if len(bars) == len(values) else None, fmt="o", markersize=3.5, linewidth=0.8, color=f"C{place}")
                 axes.plot([place - 0.25, place + 0.25], [found.mean * column.factor] * 2, color=f"C{place}", linewidth=1.4)
         task = column.path.split(".")[0].removesuffix("_trained")
         if task in chances:

@@ -119,7 +119,9 @@ def test_four_models_are_compared_and_a_stopped_comparison_goes_on(
     assert len(held["runs"]) == 8
     page = (folder / "comparison.md").read_text()
     assert all(f"| {label} | " in page for label in MODELS) and f"{sum(bits) / 2:.3f} ± {abs(bits[0] - bits[1]) / math.sqrt(2):.3f}" in page
-    assert "induction 12.5 %, recall 12.5 %" in page and "seeds 0, 1" in page and "2 further steps" in page
+    largest = max(result[task]["error"] for result in results for task in ("induction", "recall", "induction_trained", "recall_trained"))
+    assert f"induction 12.5 %, recall 12.5 %; the standard error of one run is at most {100 * largest:.1f} %" in page
+    assert "seeds 0, 1" in page and "2 further steps" in page
     assert (folder / "comparison.svg").stat().st_size and Recorder.images == [folder / "comparison.png"]
     (name, columns, rows), = Recorder.tables
     assert (name, len(rows)) == ("comparison/runs", 8) and len(columns) == len(rows[0]) and rows[0][:2] == ["grounded_mamba_tiny", 0]
@@ -199,3 +201,9 @@ def test_spread_and_figure() -> None:
     (axes,) = drawn.axes
     assert axes.get_title() == "induction, %" and [list(line.get_ydata()) for line in axes.lines] == [
         [20.0, 120.0], [70.0, 70.0], [12.5, 12.5]]
+    assert not axes.collections
+    for result in results:
+        result["induction"]["error"] = 0.03
+    (axes,) = comparison_table.figure(results, {"induction": 0.125}).axes
+    (bars,) = axes.collections
+    assert [list(bar[:, 1]) for bar in bars.get_segments()] == [pytest.approx([17, 23]), pytest.approx([117, 123])]
