@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.baselines import GruConfig, TransformerConfig
 from conf.comparison_schema import ComparisonConfig
-from conf.models import DeltaNetConfig, GroundedMambaConfig, GruConfig, TransformerConfig, between, choice, whole
+from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
 MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig}
 BACKENDS = ("torch", "torch_compiled", "jax", "jax_compiled")

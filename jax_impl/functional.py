@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, GruConfig, LamConfig, TransformerConfig, WaveCoreConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, WaveCoreConfig
 from jax_impl import weights
 from jax_impl.deltanet import DeltaNetLM
 from jax_impl.grounded_mamba import GroundedMamba

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from conf.models import GruConfig
+from conf.baselines import GruConfig
 from jax_impl.generate import generate
 from jax_impl.state import State, check_states, check_token_ids
 

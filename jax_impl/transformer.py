@@ -20,7 +20,7 @@ from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
 from jax import Array
 
-from conf.models import TransformerConfig
+from conf.baselines import TransformerConfig
 from jax_impl.generate import generate
 from jax_impl.layers import linear
 from jax_impl.ops.rotary import rotary_table, rotate

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from conf.models import GruConfig, TransformerConfig
+from conf.baselines import GruConfig, TransformerConfig
 from jax_impl.gru import GruLM as JaxGruLM
 from jax_impl.transformer import Transformer as JaxTransformer
 from parity_tests.harness import Bound, Case, Rule, StateProtocol, Trajectory, Transpose

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, GruConfig, LamConfig, SizedWaveCoreConfig, TransformerConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 
 NAMES = {
     "grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig, "lam": LamConfig,

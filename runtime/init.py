@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, GruConfig, LamConfig, SizedWaveCoreConfig, TransformerConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 from runtime.arrays import Entry, layout
 
 _CUT_STD = 0.87962566103423978  # standard deviation of a standard normal that is cut at two

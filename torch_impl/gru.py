@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf.models import GruConfig
+from conf.baselines import GruConfig
 from torch_impl.generate import generate
 from torch_impl.state import State, check_states, check_token_ids
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.models import TransformerConfig
+from conf.baselines import TransformerConfig
 from torch_impl.generate import generate
 from torch_impl.layers import linear
 from torch_impl.ops.rotary import rotary_table, rotate

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from conf import schema
-from conf.models import GroundedMambaConfig, GruConfig, TransformerConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import GroundedMambaConfig
 
 
 @pytest.mark.parametrize(

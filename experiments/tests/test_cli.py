@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 import conf
 import runtime
 from conf import schema
+from conf.baselines import GruConfig, TransformerConfig
 from conf.control_schema import ControlConfig
-from conf.models import GruConfig, TransformerConfig, WaveCoreConfig
+from conf.models import WaveCoreConfig
 from experiments import cli
 
 TREE = Path(conf.__file__).parent

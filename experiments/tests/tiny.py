@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, GruConfig, TransformerConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig
 from conf.schema import BackendConfig, DataConfig, LossConfig, OptimiserConfig, TrainConfig, TrainingConfig
 from experiments.data.batches import Stream
 

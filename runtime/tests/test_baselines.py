@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import runtime
-from conf.models import GroundedMambaConfig, GruConfig, TransformerConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import GroundedMambaConfig
 from runtime.arrays import layout, parameter_count
 from runtime.init import init_arrays
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conf.models import DeltaNetConfig, GroundedMambaConfig, GruConfig, LamConfig, TransformerConfig, WaveCoreConfig
+from conf.baselines import GruConfig, TransformerConfig
+from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, WaveCoreConfig
 from runtime.arrays import layout, parameter_count
 from runtime.init import init_arrays
 
