@@ -157,3 +157,20 @@ def test_the_cells_are_what_they_say():
     expected = x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * arrays["norm.weight"] @ arrays["embedding.weight"].T
     for backend in ("torch", "jax"):
         assert relative(runtime.build("gru", config, backend, arrays, "float64")(IDS)[0], expected) < 1e-13
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputed_blocks_give_the_same_gradient(name):
+    import jax
+
+    from jax_impl.functional import GruModel, TransformerModel
+
+    kind = {"transformer": TransformerModel, "gru": GruModel}[name]
+    gradients = []
+    with jax.enable_x64(True):
+        for remat in (False, True):
+            model = kind(CONFIGS[name], remat=remat, dtype="float64")
+            loss = jax.jit(jax.grad(lambda variables, model=model: (model.apply(variables, IDS)[0] ** 2).mean()))
+            gradients.append(model.arrays(loss(model.variables(randomised(name)))))
+    for key, value in gradients[0].items():
+        assert value.any() and relative(gradients[1][key], value) < 1e-13, key
