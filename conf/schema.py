@@ -10,15 +10,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.baselines import GruConfig, TransformerConfig
+from conf.comparison_schema import ComparisonConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
-MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig}
+MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig}
 BACKENDS = ("torch", "torch_compiled", "jax", "jax_compiled")
 DTYPES = ("float32", "float64")
 PARTS = ("topics", "docstrings", "source")
 TOKENIZERS = ("bytes", "bpe")
 BYTE_VOCABULARY = 258  # 256 bytes, end of document, padding
-STATE_KINDS = {"grounded_mamba": ("ssm", "wkv"), "deltanet_lm": ("S",)}  # states whose norm a penalty can hold
+STATE_KINDS = {"grounded_mamba": ("ssm", "wkv"), "deltanet_lm": ("S",), "transformer": (), "gru": ("h",)}  # states whose norm a penalty can hold
 TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
 ARTIFACTS = ("none", "final", "all")
@@ -308,6 +310,7 @@ class TrainConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
 
     def __post_init__(self) -> None:
         choice(self, "architecture", tuple(MODELS))
@@ -315,7 +318,7 @@ class TrainConfig:
         whole(self, seed=0)
         if not set(self.loss.state_penalty) <= set(STATE_KINDS[self.architecture]):
             raise ValueError(
-                f"loss.state_penalty of {self.architecture} may name {', '.join(STATE_KINDS[self.architecture])}, "
+                f"loss.state_penalty of {self.architecture} may name {', '.join(STATE_KINDS[self.architecture]) or 'nothing'}, "
                 f"found {list(self.loss.state_penalty)}"
             )
         if self.model.vocab_size < self.data.vocab_size:

@@ -36,7 +36,7 @@ _DESCRIPTION = "checkpoint.json"
 _TRAINING = "training.safetensors"
 # Fields that do not change what is computed: a run may be resumed with others.
 _FREE = {
-    "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "data.cache_dir", "backend.threads",
+    "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "comparison", "data.cache_dir", "backend.threads",
     "training.stop_at", "training.log_every", "training.monitor_every", "monitors",
 }
 

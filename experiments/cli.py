@@ -45,7 +45,8 @@ USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave compare RUN_A RUN_B [--band RUN_C ...] [--output FOLDER]
 
 train     trains a language model; any field can be set, as in model.dim=96 backend=jax training.steps=300; -m sweeps over
-          comma-separated values. `groundwave train --cfg job` prints every field, `--help` the groups.
+          comma-separated values; experiment=compare trains several models and compares them. `groundwave train --cfg job` prints
+          every field, `--help` the groups.
 distil    trains the sentence encoder LAM to do as a BERT-like teacher does, as in data.sentences=FILE evaluation.sts=CSV.
 control   trains the robot core WaveCore on episodes of a scripted expert and puts it into the environment, as in
           environment.name=Reacher-v5 backend=jax.
@@ -68,14 +69,28 @@ class Command:
 
 
 def _train(config: TrainConfig, folder: Path, group: str | None) -> int:
+    if config.comparison.models:
+        from experiments import comparison
+
+        comparison.run(config, folder)
+        return 0
     from experiments import train
 
     train.run(config, folder, group=group)
     return 0
 
 
+def _label_train(config: TrainConfig) -> str:
+    what = "compare" if config.comparison.models else config.architecture
+    return f"{what}-{config.backend.name}-seed{config.seed}"
+
+
 def _check_train(config: TrainConfig) -> None:
     check_path(config.data)
+    if config.comparison.models:
+        from experiments import comparison
+
+        return comparison.check(config)
     try:
         check_backend(config.architecture, config.backend.name)
     except (ValueError, ImportError) as error:
@@ -135,7 +150,7 @@ def _parity(config: ParityConfig, folder: Path, group: str | None) -> int:
 
 COMMANDS = {
     "train": Command(
-        _check_train, lambda config: f"{config.architecture}-{config.backend.name}-seed{config.seed}", _train,
+        _check_train, _label_train, _train,
         "interrupted; resume=auto goes on from the newest checkpoint",
     ),
     "distil": Command(_check_distil, lambda config: f"distil-seed{config.seed}", _distil, "interrupted; saved models are in checkpoints/"),

@@ -19,12 +19,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from conf.baselines import GruConfig, TransformerConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, WaveCoreConfig
 from jax_impl import weights
 from jax_impl.deltanet import DeltaNetLM
 from jax_impl.grounded_mamba import GroundedMamba
+from jax_impl.gru import GruLM
 from jax_impl.lam import LAM, LamOutput
 from jax_impl.state import CoreState, State
+from jax_impl.transformer import Transformer
 from jax_impl.wavecore import Info, Levels, WaveCore
 
 Variables = dict[str, Any]
@@ -117,6 +120,22 @@ class DeltaNetModel(LanguageModel):
     def __init__(self, config: DeltaNetConfig | None = None, *, impl: str = "chunked", remat: bool = False, dtype: str = "float32") -> None:
         config = DeltaNetConfig() if config is None else config
         super().__init__(config, lambda rngs: DeltaNetLM(config, impl=impl, remat=remat, rngs=rngs), dtype)
+
+
+class TransformerModel(LanguageModel):
+    """Transformer as a function of its variables. Options as the module's; `dtype` as `FunctionalModel`'s."""
+
+    def __init__(self, config: TransformerConfig | None = None, *, remat: bool = False, dtype: str = "float32") -> None:
+        config = TransformerConfig() if config is None else config
+        super().__init__(config, lambda rngs: Transformer(config, remat=remat, rngs=rngs), dtype)
+
+
+class GruModel(LanguageModel):
+    """GruLM as a function of its variables. Options as the module's; `dtype` as `FunctionalModel`'s."""
+
+    def __init__(self, config: GruConfig | None = None, *, remat: bool = False, dtype: str = "float32") -> None:
+        config = GruConfig() if config is None else config
+        super().__init__(config, lambda rngs: GruLM(config, remat=remat, rngs=rngs), dtype)
 
 
 class LamModel(FunctionalModel):

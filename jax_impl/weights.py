@@ -1,7 +1,8 @@
 """Flat dict of torch-named NumPy arrays <-> nested dict of NNX leaves, without torch.
 
 A path's parts are joined by dots; a Linear's `kernel` (in, out) is torch's `weight` (out, in), a Conv's (K, in, out) is (out, in, K),
-a norm's `scale` and an Embed's `embedding` are torch's `weight`; everything else keeps its name and layout. Integer leaves travel as int64.
+a norm's `scale` and an Embed's `embedding` are torch's `weight`, and the two layers of a GRUCell are torch's `*_ih_l0` and `*_hh_l0`; everything
+else keeps its name and layout. Integer leaves travel as int64.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 TIED = {"lm_head.weight": "embedding.weight"}
+_CELL = {"dense_i": "ih_l0", "dense_h": "hh_l0"}
 
 
 def torch_name(path: tuple[Any, ...]) -> str:
     """Name of the leaf in the torch module of the same class."""
     *parents, leaf = map(str, path)
-    return ".".join([*parents, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+    if parents and parents[-1] in _CELL:
+        leaf = f"{leaf}_{_CELL[parents.pop()]}"
+    return ".".join([*parents, leaf])
 
 
 def flatten(tree: dict[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:

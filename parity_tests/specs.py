@@ -1,4 +1,4 @@
-"""Our models as cases of the harness: the only file, with specs_wavecore.py and specs_voters.py, that knows both torch_impl and jax_impl.
+"""Our models as cases of the harness: the only file, with the other specs_*.py, that knows both torch_impl and jax_impl.
 
 Every variant is a tiny model whose axes all have different sizes, none a power of two or a square, with random weights and, where it has
 a bank, slots that were written a different number of times. `parity run` without arguments runs CASES.
@@ -20,7 +20,7 @@ from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig
 from jax_impl import deltanet as jax_deltanet
 from jax_impl.grounded_mamba import GroundedMamba as JaxGroundedMamba
 from jax_impl.lam import LAM as JaxLAM
-from parity_tests import specs_voters, specs_wavecore
+from parity_tests import specs_baselines, specs_voters, specs_wavecore
 from parity_tests.harness import Bound, Case, StateProtocol, Trajectory
 from torch_impl import deltanet as torch_deltanet
 from torch_impl.grounded_mamba import GroundedMamba as TorchGroundedMamba
@@ -308,4 +308,5 @@ LANGUAGE = [
     layer("delta_net_layer_plain_same", ("as is",), rule="plain", conv_kernel=3),
 ]
 FULL = [*LANGUAGE_FULL, *specs_wavecore.FULL]
-CASES = [*LANGUAGE, *specs_wavecore.CASES]
+BASELINES = specs_baselines.cases((torch_loss, jax_loss))
+CASES = [*LANGUAGE, *BASELINES, *specs_wavecore.CASES]

@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from conf.baselines import GruConfig, TransformerConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 
-NAMES = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "lam": LamConfig, "wavecore": SizedWaveCoreConfig}
+NAMES = {
+    "grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig, "lam": LamConfig,
+    "wavecore": SizedWaveCoreConfig,
+}
 DTYPES = ("float32", "float64")
 LAM_KERNEL = 4  # of the public LAM's convolutions; no field of its configuration
 
@@ -99,11 +103,34 @@ def _delta(dim: int, heads: int, kernel: int, hierarchical: bool) -> dict[str, E
 
 
 def _deltanet_lm(config: DeltaNetConfig) -> dict[str, Entry]:
-    dim, ffn, table = config.dim, config.ffn_dim, (config.vocab_size, config.dim)
+    dim = config.dim
     block = {"norm_delta.weight": Entry((dim,)), **_delta(dim, config.heads, config.conv_kernel, hierarchical=False)}
-    block |= {"norm_ffn.weight": Entry((dim,)), **_linear("w1", ffn, dim), **_linear("w3", ffn, dim), **_linear("w2", dim, ffn)}
-    head = {"norm.weight": Entry((dim,)), "lm_head.weight": Entry(table, "tied")}
+    return _language_model({**block, **_gated_ffn(dim, config.ffn_dim)}, config)
+
+
+def _gated_ffn(dim: int, ffn: int) -> dict[str, Entry]:
+    return {"norm_ffn.weight": Entry((dim,)), **_linear("w1", ffn, dim), **_linear("w3", ffn, dim), **_linear("w2", dim, ffn)}
+
+
+def _language_model(block: Mapping[str, Entry], config: DeltaNetConfig | TransformerConfig | GruConfig) -> dict[str, Entry]:
+    """Blocks between an embedding and, behind an RMSNorm, the head tied to it."""
+    table = (config.vocab_size, config.dim)
+    head = {"norm.weight": Entry((config.dim,)), "lm_head.weight": Entry(table, "tied")}
     return {"embedding.weight": Entry(table), **_repeated(block, config.depth), **head}
+
+
+def _transformer(config: TransformerConfig) -> dict[str, Entry]:
+    dim = config.dim
+    block = {"norm_attention.weight": Entry((dim,))}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        block |= _linear(f"attention.{name}", dim, dim)
+    return _language_model({**block, **_gated_ffn(dim, config.ffn_dim)}, config)
+
+
+def _gru(config: GruConfig) -> dict[str, Entry]:
+    dim = config.dim
+    block = {"norm_gru.weight": Entry((dim,)), "gru.weight_ih_l0": Entry((3 * dim, dim)), "gru.weight_hh_l0": Entry((3 * dim, dim))}
+    return _language_model({**block, "gru.bias_ih_l0": Entry((3 * dim,)), "gru.bias_hh_l0": Entry((3 * dim,))}, config)
 
 
 def _lam(config: LamConfig) -> dict[str, Entry]:
@@ -173,7 +200,7 @@ def _wavecore(config: SizedWaveCoreConfig) -> dict[str, Entry]:
 
 
 _LAYOUTS: dict[str, Callable[[Any], dict[str, Entry]]] = {
-    "grounded_mamba": _grounded_mamba, "deltanet_lm": _deltanet_lm, "lam": _lam, "wavecore": _wavecore,
+    "grounded_mamba": _grounded_mamba, "deltanet_lm": _deltanet_lm, "transformer": _transformer, "gru": _gru, "lam": _lam, "wavecore": _wavecore,
 }
 _TIES = {"lm_head.weight": "embedding.weight"}
 

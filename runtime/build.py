@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, tuple[str, ...]]] = {
         "cython": ("dense", "selective_scan", "wkv", "mamba_step"),
     },
     "deltanet_lm": {"torch": (), "torch_compiled": ("delta_rule",), "jax": (), "jax_compiled": ("delta_rule", "xla_ffi")},
+    "transformer": {"torch": (), "jax": ()},
+    "gru": {"torch": (), "jax": ()},
     "lam": {
         "torch": (), "torch_compiled": ("delta_rule",), "jax": (), "jax_compiled": ("delta_rule", "xla_ffi"),
         "cython": ("delta_rule", "dense", "lam_engine"),
@@ -52,11 +54,12 @@ def build(
 ) -> Any:
     """A model that is called alike on every backend.
 
-    name: "grounded_mamba" or "deltanet_lm", `model(input_ids, states=None, return_aux=False)`, "lam",
+    name: "grounded_mamba", "deltanet_lm", "transformer" or "gru", `model(input_ids, states=None, return_aux=False)`, "lam",
     `model(input_ids, attention_mask=None, output_hidden_states=False)`, or "wavecore", called as `torch_impl.wavecore.WaveCore`.
     config: its dataclass of `conf.models`. backend: "torch", "torch_compiled" (the same modules over compiled kernels), "jax", "jax_compiled"
-    (likewise, on a CPU; not for "wavecore") or, for all but "deltanet_lm", "cython" (a compiled engine without a
-    framework: NumPy, no gradients). arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from `seed` when None.
+    (likewise, on a CPU; not for "wavecore") or, for "grounded_mamba", "lam" and "wavecore", "cython" (a compiled engine without a
+    framework: NumPy, no gradients); "transformer" and "gru", whose layers are the frameworks' own, have "torch" and "jax" alone.
+    arrays: flat dict, torch names -> NumPy arrays, copied; initial weights from `seed` when None.
     dtype: "float32" or "float64". obs_dim, action_dim, output_dim: the widths of a WaveCore, needed unless its configuration is sized, and
     of no other model. weights: "bfloat16" for an engine that stores its weights so and computes in float32.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.baselines import GruConfig, TransformerConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, LamConfig, SizedWaveCoreConfig
 from runtime.arrays import Entry, layout
 
@@ -99,6 +100,17 @@ def _delta(key: str, entry: Entry, config: DeltaNetConfig | LamConfig, generator
     return uniform_linear(shape, generator)
 
 
+def _baseline(key: str, entry: Entry, config: TransformerConfig | GruConfig, generator: np.random.Generator) -> np.ndarray:
+    """Transformer and GruLM: the embedding small, norms one, all else as torch draws its linear layers and its GRU, biases included."""
+    shape, layer = entry.shape, key.rpartition(".")[0].rpartition(".")[2]
+    if layer == "embedding":
+        return 0.02 * generator.standard_normal(shape)
+    if layer.startswith("norm"):
+        return np.ones(shape)
+    bound = 1.0 / math.sqrt(shape[-1] if len(shape) == 2 else config.dim)
+    return generator.uniform(-bound, bound, shape)
+
+
 def lecun(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
     """Weight (outputs, inputs), normal, cut at two standard deviations, of variance 1 / inputs once it is cut."""
     values = generator.standard_normal(shape)
@@ -121,5 +133,5 @@ def _wavecore(key: str, entry: Entry, config: SizedWaveCoreConfig, generator: np
 
 
 _DRAWS: dict[str, Callable[[str, Entry, Any, np.random.Generator], np.ndarray]] = {
-    "grounded_mamba": _grounded_mamba, "deltanet_lm": _delta, "lam": _delta, "wavecore": _wavecore,
+    "grounded_mamba": _grounded_mamba, "deltanet_lm": _delta, "transformer": _baseline, "gru": _baseline, "lam": _delta, "wavecore": _wavecore,
 }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_impl.functional import DeltaNetModel, GroundedMambaModel, LamModel, WaveCoreModel
+from jax_impl.functional import DeltaNetModel, GroundedMambaModel, GruModel, LamModel, TransformerModel, WaveCoreModel
 from jax_impl.generate import generate
 from jax_impl.state import CoreState, check_core, check_mask, check_states, check_time, check_token_ids
 from runtime import core_state
@@ -100,6 +100,20 @@ class JaxDeltaNetLM(JaxLanguageModel):
 
     name = "deltanet_lm"
     kind = DeltaNetModel
+
+
+class JaxTransformer(JaxLanguageModel):
+    """Transformer in JAX."""
+
+    name = "transformer"
+    kind = TransformerModel
+
+
+class JaxGruLM(JaxLanguageModel):
+    """GruLM in JAX."""
+
+    name = "gru"
+    kind = GruModel
 
 
 class JaxLam(JaxModel):
@@ -209,7 +223,7 @@ class JaxWaveCore(JaxModel):
         return value if isinstance(value, jax.Array) else np.asarray(value, dtype=None if hasattr(value, "__array__") else self.dtype)
 
 
-MODELS: dict[str, type[JaxModel]] = {model.name: model for model in (JaxGroundedMamba, JaxDeltaNetLM, JaxLam, JaxWaveCore)}
+MODELS: dict[str, type[JaxModel]] = {model.name: model for model in (JaxGroundedMamba, JaxDeltaNetLM, JaxTransformer, JaxGruLM, JaxLam, JaxWaveCore)}
 
 
 @lru_cache(maxsize=16)

@@ -13,8 +13,10 @@ from runtime import core_state
 from runtime.arrays import layout
 from torch_impl.deltanet import DeltaNetLM
 from torch_impl.grounded_mamba import GroundedMamba
+from torch_impl.gru import GruLM
 from torch_impl.lam import LAM
 from torch_impl.state import CoreState
+from torch_impl.transformer import Transformer
 from torch_impl.wavecore import WaveCore
 
 _IMPLS = {"torch": "chunked", "torch_compiled": "compiled"}
@@ -90,6 +92,26 @@ class TorchDeltaNetLM(TorchLanguageModel):
 
     name = "deltanet_lm"
     kind = DeltaNetLM
+
+
+class TorchTransformer(TorchLanguageModel):
+    """Transformer in torch."""
+
+    name = "transformer"
+    kind = Transformer
+
+    def _make(self, config: Any, backend: str) -> nn.Module:
+        return self.kind(config)
+
+
+class TorchGruLM(TorchLanguageModel):
+    """GruLM in torch."""
+
+    name = "gru"
+    kind = GruLM
+
+    def _make(self, config: Any, backend: str) -> nn.Module:
+        return self.kind(config)
 
 
 class TorchLam(TorchModel):
@@ -188,7 +210,9 @@ class TorchWaveCore(TorchModel):
         return torch.as_tensor(np.require(array, requirements=["C", "W"]), device=self._device())
 
 
-MODELS: dict[str, type[TorchModel]] = {model.name: model for model in (TorchGroundedMamba, TorchDeltaNetLM, TorchLam, TorchWaveCore)}
+MODELS: dict[str, type[TorchModel]] = {
+    model.name: model for model in (TorchGroundedMamba, TorchDeltaNetLM, TorchTransformer, TorchGruLM, TorchLam, TorchWaveCore)
+}
 
 
 def _map(function: Any, tree: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from conf import schema
+from conf.baselines import GruConfig, TransformerConfig
 from conf.models import GroundedMambaConfig
 
 
@@ -53,7 +54,14 @@ from conf.models import GroundedMambaConfig
         (schema.CheckpointConfig, {"keep": 0}, "keep must be an integer of at least 1"),
         (schema.TrackerConfig, {"mode": "sometimes"}, "mode must be one of"),
         (schema.TrackerConfig, {"artifacts": "some"}, "artifacts must be one of"),
-        (schema.TrainConfig, {"architecture": "transformer"}, "architecture must be one of"),
+        (schema.TrainConfig, {"architecture": "lstm"}, "architecture must be one of"),
+        (schema.TrainConfig, {"architecture": "transformer"}, "loss.state_penalty of transformer may name nothing, found"),
+        (TransformerConfig, {"dim": 97}, "dim must be divisible by heads, found dim=97 and heads=4"),
+        (TransformerConfig, {"dim": 12}, "dim must give heads of an even width for rotary positions, found dim=12 and heads=4"),
+        (TransformerConfig, {"window": 0}, "window must be an integer of at least 1"),
+        (TransformerConfig, {"rope_base": 1.0}, "rope_base must lie in"),
+        (GruConfig, {"depth": 0}, "depth must be an integer of at least 1"),
+        (GruConfig, {"norm_eps": 0.0}, "norm_eps must lie in"),
         (schema.TrainConfig, {"seed": -1}, "seed must be an integer of at least 0"),
         (schema.TrainConfig, {"resume": "maybe"}, "resume must be one of"),
         (schema.TrainConfig, {"loss": schema.LossConfig(state_penalty=["S"])}, "loss.state_penalty of grounded_mamba may name ssm, wkv, found"),

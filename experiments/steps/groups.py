@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 GROUPS = ("ssm", "rwkv", "norm", "other")
-_NORMS = frozenset(("ln_ssm", "ln_rwkv", "ln_out", "state_norm", "readout_norm", "norm_delta", "norm_ffn", "norm", "o_norm"))
+_NORMS = frozenset((
+    "ln_ssm", "ln_rwkv", "ln_out", "state_norm", "readout_norm", "norm_delta", "norm_attention", "norm_gru", "norm_ffn", "norm", "o_norm"))
 
 
 def group_of(name: str) -> str:

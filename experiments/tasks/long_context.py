@@ -1,8 +1,8 @@
 """Long context: held-out text streamed through a trained model in chunks, its states handed on.
 
 For each length: perplexity, tokens per second, RMS and lag-256 autocorrelation of the SSM state, largest entry of the matrix state (WKV's,
-or the delta rule's), peak memory. A healthy model does not get worse with length, its SSM state keeps moving, and neither the matrix
-state nor the process grows.
+the delta rule's, a window's keys and values, or a GRU's vector), peak memory. A healthy model does not get worse with length, its SSM state
+keeps moving, and neither the matrix state nor the process grows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from experiments.monitors.statistics import STATE_LAG
 from experiments.steps.base import TrainStep
 
 LAG = 4 * STATE_LAG
-MATRICES = ("wkv", "S")
+MATRICES = ("wkv", "S", "k", "v", "h")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def measure(step: TrainStep, stream: np.ndarray, length: int, chunk: int) -> Row
         for running, trajectory in zip(products, seen["ssm_states"], strict=True):
             running.add(trajectory)
             squares, count = squares + float((trajectory.astype(np.float64) ** 2).sum()), count + trajectory.size
-        largest = max(largest, *(float(np.abs(state[kind]).max()) for state in seen["states"] for kind in MATRICES if kind in state))
+        largest = max([largest, *(float(np.abs(state[kind]).max()) for state in seen["states"] for kind in MATRICES if kind in state)])
     seconds = time.perf_counter() - started
     second = length - min(-(-(length // 2) // chunk) * chunk, length)
     return Row(

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import conf
 import runtime
 from conf import schema
+from conf.baselines import GruConfig, TransformerConfig
 from conf.control_schema import ControlConfig
 from conf.models import WaveCoreConfig
 from experiments import cli
@@ -35,7 +36,7 @@ def test_tree_is_found() -> None:
 def test_every_yaml_composes_validates_and_builds(choice: str) -> None:
     backends = [] if choice.startswith("backend=") else ["backend=torch"]
     # The largest model is built with few slots: what is tested is the YAML, and its fields are all the same type.
-    bank = [] if "deltanet" in choice else ["model.memory_size=5"]
+    bank = ["model.memory_size=5"] if "grounded_mamba" in choice else []
     small = ["model.dim=16", "model.depth=1", *bank] if choice.startswith("model=") else []
     config = cli.validate(cli.composed([choice, *backends, *small]))
     assert isinstance(config, schema.TrainConfig) and isinstance(config.model, schema.MODELS[config.architecture])
@@ -50,6 +51,12 @@ def test_every_core_composes_validates_and_is_the_preset_that_it_names(name: str
     assert model == preset(heads=("action", "value", "world_model"), gradient_clip=1.0)
 
 
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_baselines_are_the_presets_that_they_name(size: str) -> None:
+    for name, kind in (("transformer", TransformerConfig), ("gru", GruConfig)):
+        assert cli.validate(cli.composed([f"model={name}_{size}", "backend=torch"])).model == kind.preset(size, vocab_size=258)
+
+
 def test_control_yaml_and_schema_say_the_same_defaults() -> None:
     composed, default = cli.validate(cli.composed([], "control"), "control"), ControlConfig()
     for section in ("environment", "model", "backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint"):
@@ -59,7 +66,7 @@ def test_control_yaml_and_schema_say_the_same_defaults() -> None:
 def test_yaml_and_schema_say_the_same_defaults() -> None:
     """Except where the YAML chooses a model and a place: nothing is trained with a number that the schema does not show."""
     composed, default = cli.validate(cli.composed([])), schema.TrainConfig()
-    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint"):
+    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint", "comparison"):
         assert getattr(composed, section) == getattr(default, section), section
 
 
@@ -96,6 +103,10 @@ WRONG = {
     "config path": (["--config-name=other"], "not supported"),
     "missing data": (["data.path=/nowhere/at/all"], "data.path: no file or folder /nowhere/at/all"),
     "backend that trains nothing": (["model=deltanet_lm_tiny", "backend.name=cython"], "backend.name must be one of 'torch', 'torch_compiled'"),
+    "backend without kernels to run": (["model=gru_tiny", "backend=torch_compiled"], "backend of 'gru' must be one of 'torch', 'jax'"),
+    "comparison with an unknown model": (["comparison.models=[lstm_tiny]"], "comparison.models: lstm_tiny: "),
+    "comparison with a field that is not the model's": (['comparison.models=["gru_tiny seed=3"]'], "only fields of the model may stand behind"),
+    "comparison with a field of another model": (['comparison.models=["gru_tiny model.heads=3"]'], "comparison.models: gru_tiny model.heads=3: "),
     "bad config printed": (["--cfg", "job", "model.dim=97"], "found dim=97"),
 }
 

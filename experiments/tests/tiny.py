@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.baselines import GruConfig, TransformerConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig
 from conf.schema import BackendConfig, DataConfig, LossConfig, OptimiserConfig, TrainConfig, TrainingConfig
 from experiments.data.batches import Stream
@@ -32,6 +33,19 @@ def deltanet(backend: str = "torch", dtype: str = "float64") -> TrainConfig:
     model = DeltaNetConfig(vocab_size=VOCABULARY, dim=15, depth=2, heads=3, ffn_dim=13, chunk_size=7)
     loss = LossConfig(state_penalty=["S"], state_weight=0.3, state_norm=0.7, smooth_weight=0.07)
     return config(backend, dtype, architecture="deltanet_lm", model=model, loss=loss)
+
+
+def transformer(backend: str = "torch", dtype: str = "float64") -> TrainConfig:
+    """Transformer of a few thousand parameters; its window is shorter than the context of 11."""
+    model = TransformerConfig(vocab_size=VOCABULARY, dim=18, depth=2, heads=3, ffn_dim=13, window=7)
+    return config(backend, dtype, architecture="transformer", model=model, loss=LossConfig(state_penalty=[], smooth_weight=0.07))
+
+
+def gru(backend: str = "torch", dtype: str = "float64") -> TrainConfig:
+    """GruLM of a few thousand parameters, with a penalty on its state."""
+    model = GruConfig(vocab_size=VOCABULARY, dim=15, depth=2)
+    loss = LossConfig(state_penalty=["h"], state_weight=0.3, state_norm=0.7, smooth_weight=0.07)
+    return config(backend, dtype, architecture="gru", model=model, loss=loss)
 
 
 def stream(settings: TrainConfig, documents: int = 9) -> Stream:

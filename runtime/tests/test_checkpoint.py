@@ -180,7 +180,7 @@ def test_sizes_are_checked_before_anything_is_read(tmp_path, monkeypatch):
         ({"dtype": "float16"}, "dtype must be 'float32' or 'float64', found 'float16'"),
         ({"config": {**config, "ssm_dim": 2}}, r"config\.json: ssm_dim must be an integer of at least 4, found 2"),
         ({"config": {**config, "width": 2}}, r"unknown fields \['width'\]"),
-        ({"model": "transformer"}, "model must be one of"),
+        ({"model": "lstm"}, "model must be one of"),
         ({"format": 2}, "has format 2, this version reads format 1"),
         ({"config": 5}, "missing or of the wrong type: config"),
     ):
