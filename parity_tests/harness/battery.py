@@ -264,6 +264,22 @@ class Battery:
         """The optimiser run of the reference, computed once for all candidates."""
         return self._once("training", lambda: self.recording.adapter("float64").train(batches, self.case.trajectory, self.case.seed))
 
+    def reference_training_nearby(self, batches: Sequence[Mapping[str, np.ndarray]]) -> Trained:
+        """The same run of the reference from weights each of which is a rounding away, up or down by chance."""
+        recording, rng = self.recording, np.random.default_rng(self.case.seed)
+        moved = {name: np.nextafter(value, rng.choice((-np.inf, np.inf), value.shape)) if value.dtype.kind == "f" else value
+                 for name, value in recording.weights.items()}
+
+        def train() -> Trained:
+            adapter = recording.adapter("float64")
+            adapter.load(moved)
+            try:
+                return adapter.train(batches, self.case.trajectory, self.case.seed)
+            finally:
+                adapter.load(recording.weights)
+
+        return self._once("training nearby", train)
+
     def batches(self) -> list[dict[str, np.ndarray]]:
         """The inputs of every step of the optimiser run."""
         case = self.case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,12 @@ from .series import TRAINING, Series
 from .tiers import guarded
 
 if TYPE_CHECKING:
+    from .adapters.base import Trained
     from .battery import Battery
 
+AMPLIFIED = Bound(16.0, "training multiplies a rounding of the first weights by as much: 16 times what that does to the reference itself",
+                  on="optimiser")
+CEILING = 1e-5  # a bug that training does not show above this would hide in a trajectory that multiplies roundings by so much
 NOISE = Bound(16.0, "a gradient that is zero in exact arithmetic is rounding of the terms that cancel: 16 eps of all gradients", on="floor")
 
 
@@ -167,12 +172,38 @@ def optimiser(battery: Battery) -> list[Check]:
             checks += exact(at, {name: expected}, {name: arrays[name]}, battery.bounds, "optimiser", 6)
         return checks
 
-    checks = guarded(place, battery, compare)
+    checks = _excused(battery, guarded(place, battery, compare), left, batches)
     still = [name for name, leaf in battery.recording.leaves.items()
              if leaf.trainable and np.array_equal(left.arrays[name], battery.recording.weights[name])]
     if still:
         checks.append(failed(place, 6, f"the reference did not train {', '.join(still)}: nothing is compared there", quantity="movement"))
     return checks
+
+
+def _excused(battery: Battery, checks: list[Check], left: Trained, batches: list[dict[str, np.ndarray]]) -> list[Check]:
+    """The checks again, those that fail allowed what a rounding of its first weights does to the reference, up to CEILING.
+
+    Trajectories of deep models or high rates are chaotic: two runs of one program, a rounding apart at first, part as well.
+    """
+    over = [check for check in checks if not check.held and check.quantity == "relative L2"]
+    if not over or not battery.recording.live:
+        return checks
+    battery.progress(f"optimiser: {len(batches)} steps of the reference, a rounding away")
+    with of_reference():
+        away = battery.reference_training_nearby(batches)
+    found = []
+    for check in checks:
+        if check in over:
+            own = measure(left.losses, away.losses) if check.leaf == "loss" else measure(left.arrays[check.leaf], away.arrays[check.leaf])
+            allowed = AMPLIFIED.value * own.relative_l2
+            if allowed > CEILING:
+                check = replace(check, allowed=CEILING, held=False, reason=AMPLIFIED.reason,
+                                detail=f"the reference itself, a rounding away at first, ends {own.relative_l2:.1e} away, so that this trajectory "
+                                       "says little: take fewer steps or a lower rate")
+            elif allowed > check.allowed:
+                check = replace(check, allowed=allowed, held=check.value <= allowed, reason=AMPLIFIED.reason)
+        found.append(check)
+    return found
 
 
 def effects(battery: Battery) -> list[Check]:

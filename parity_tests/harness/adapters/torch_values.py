@@ -106,7 +106,7 @@ class _Read(TorchFunctionMode):
     def __init__(self, place: int, sources: dict[tuple, Source]) -> None:
         super().__init__()
         self.place, self.sources = place, sources
-        self.wanted = {source for source in sources.values()}
+        self.wanted = set(sources.values())
         self.names = {key[-1] for key in sources} | {key[-1] for key, _ in self.wanted}
         self.values: dict[Source, torch.Tensor] = {}
 
