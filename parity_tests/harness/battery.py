@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import diagnose, lint, lint_source, locate, provenance, tiers, tiers_more, tree, voting
+from . import ahead, diagnose, lint, lint_source, locate, provenance, tiers, tiers_more, tree, voting
 from .adapters.base import Call, Gradients, Run, Trained, Unsupported
 from .bounds import Bounds
 from .candidate import Candidate
@@ -154,9 +154,11 @@ class Battery:
         if unknown:
             raise ValueError(f"unknown tier {unknown[0]!r}, expected {', '.join(TIERS)}")
         done = []
-        for name in TIERS:
-            if names and name not in names and not (self.broken and name == "conversion"):
-                continue
+        wanted = [name for name in TIERS if not names or name in names or (self.broken and name == "conversion")]
+        for name, after in zip(wanted, [*wanted[1:], None], strict=True):
+            if after is not None and not stop:
+                with applied(self.policy, self.kinds):
+                    ahead.begin(self, (name, after))
             done.append(self.tier(name))
             if stop and not done[-1].held:
                 break

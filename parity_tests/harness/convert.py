@@ -7,7 +7,7 @@ and carries gradients back. Every source leaf is used once, every target leaf is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -228,9 +228,13 @@ class WeightMap:
         """The reference leaves that a candidate leaf is made from."""
         return next((rule.sources for rule in self.rules if target in rule.targets), ())
 
-    def _apply(self, arrays: Mapping[str, np.ndarray], way: str) -> dict[str, np.ndarray]:
+    def made_from(self, source: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The candidate leaves that a reference leaf has a part in, from arrays by reference name."""
+        return self._apply(arrays, "forward", [rule for rule in self.rules if source in rule.sources])
+
+    def _apply(self, arrays: Mapping[str, np.ndarray], way: str, rules: Iterable[Rule] | None = None) -> dict[str, np.ndarray]:
         result: dict[str, np.ndarray] = {}
-        for rule in self.rules:
+        for rule in self.rules if rules is None else rules:
             inputs, outputs = (rule.sources, rule.targets) if way == "forward" else (rule.targets, rule.sources)
             made = getattr(rule, way)([np.asarray(arrays[name]) for name in inputs])
             result.update(zip(outputs, map(copied, made), strict=True))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import series, tree
+from . import ahead, series, tree
 from .adapters.base import Unsupported
 from .case import CaseError, raised
 from .compare import Check, Place, exact, failed, passed, rounded
@@ -119,8 +119,7 @@ def forced(battery: Battery) -> list[Check]:
         raise Unsupported("a function has no layers; the free tier compares it as a whole")
     if set(battery.order) <= {""}:
         raise Unsupported("the model is a single layer, which the free tier compares on the same input")
-    for layers in _all_forced(battery.recording, battery.recording.regimes):
-        battery.candidate.start_calls(layers, "float64")
+    ahead.forced(battery)
     for regime, layers in applicable(battery, "forced", battery.recording.forced):
         for layer in layers:
             if battery.candidate.path(layer.path) is None:
@@ -131,16 +130,10 @@ def forced(battery: Battery) -> list[Check]:
     return checks
 
 
-def _all_forced(recording: Recording, regimes: Iterable[Regime]) -> Iterator[list[Forced]]:
-    for regime in regimes:
-        with contextlib.suppress(Skip):
-            yield recording.forced(regime)
-
-
 def free(battery: Battery) -> list[Check]:
     """Meaning: the models end to end, and every layer on the way, float64."""
     checks: list[Check] = []
-    battery.start_free()
+    ahead.free(battery)
     for regime, reference in applicable(battery, "free", battery.recording.run):
         last = Place("free", "", regime.name, "float64", battery.position(""))
 
@@ -169,17 +162,12 @@ def rounding(battery: Battery) -> list[Check]:
     lower = [dtype for dtype in battery.case.dtypes if dtype != "float64"]
     if not lower:
         raise Unsupported("the case names no precision below float64")
+    ahead.rounding(battery)
     for dtype in lower:
-        recording = battery.recording.within(dtype)
-        longest = max((regime.length or 0 for regime in battery.recording.regimes), default=0)
-        chosen = [regime for regime in battery.recording.regimes if (regime.length or longest) == longest and regime.batch is None
-                  and not _drowned(regime, dtype)]
+        recording, chosen = battery.recording.within(dtype), ahead.rounded_regimes(battery.recording, dtype)
         for regime in battery.recording.regimes:
-            if _drowned(regime, dtype):
+            if ahead.drowned(regime, dtype):
                 battery.note(f"rounding, {dtype}: not run under {regime.name}, which rounds values near 1 to a few steps")
-        for layers in _all_forced(recording, chosen):
-            battery.candidate.start_calls(layers, dtype)
-        battery.start_free(dtype)
         for regime, layers in applicable(battery, f"rounding, {dtype}", recording.forced):
             if regime not in chosen:
                 continue
@@ -189,7 +177,7 @@ def rounding(battery: Battery) -> list[Check]:
                     checks += guarded(place, battery, lambda layer=layer, place=place, regime=regime, recording=recording: _forced_rounding(
                         battery, recording, regime, layer, place))
         for regime, oracle in applicable(battery, f"rounding end to end, {dtype}", recording.run):
-            if _drowned(regime, dtype):
+            if ahead.drowned(regime, dtype):
                 continue
             place = Place("rounding", "", f"{regime.name}, end to end", dtype, battery.position(""))
 
@@ -205,12 +193,6 @@ def rounding(battery: Battery) -> list[Check]:
 
             checks += guarded(place, battery, compare)
     return checks
-
-
-def _drowned(regime: Regime, dtype: str) -> bool:
-    """Whether a regime adds an offset that a half precision cannot hold beside what it is added to: near 100 the steps of bfloat16 are 0.5 and
-    those of float16 1/16. What a layer then computes from differences is rounding on both sides, and neither error measures the other."""
-    return regime.transform == "+ 100" and dtype in ("bfloat16", "float16")
 
 
 def _forced_rounding(battery: Battery, recording: Recording, regime: Regime, layer: Forced, place: Place) -> list[Check]:
@@ -236,17 +218,12 @@ def splits(battery: Battery) -> list[Check]:
     case, recording = battery.case, battery.recording
     if case.states is None:
         raise Unsupported("the model carries no state")
-    length = case.states.split_length if case.accepts("length") else None
-    inputs = recording.grid(case.draw(case.seed, length=length))
-    along, axis = case.along(inputs), case.states.axis
-    length = inputs[along[0]].shape[axis]
+    (inputs, along, length), axis = ahead.split_inputs(battery), case.states.axis
     if length < 2:
         raise Unsupported(f"a sequence of {length} cannot be split")
+    ahead.splits(battery)
     start, own = recording.states(recording.plain()[1]), battery.states(recording.plain()[1])
     checks: list[Check] = []
-    for cut in range(1, length):
-        part = {name: np.take(value, np.arange(cut), axis=axis) if name in along else value for name, value in inputs.items()}
-        battery.candidate.start("float64", "run", lambda part=part: ((part, own), {"tap": False}))
     for where, begin in (("from a carried state", start), ("from the beginning", None)):
         whole = recording.adapter("float64").run(inputs, begin, tap=False).outputs
         places = range(1, length) if begin is not None else (length // 2,)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import ahead
 from .adapters.base import Gradients, Leaf, Unsupported, digest
 from .bounds import Bound
 from .compare import EPS, Check, Place, exact, failed, passed
@@ -29,17 +30,8 @@ NOISE = Bound(16.0, "a gradient that is zero in exact arithmetic is rounding of 
 
 def gradients(battery: Battery) -> list[Check]:
     """Gradients by name, float64: of every layer by itself, then of the whole model, with and without a carried state."""
-    _start_gradients(battery)
+    ahead.gradients(battery)
     return layer_gradients(battery) + whole_gradients(battery)
-
-
-def _start_gradients(battery: Battery) -> None:
-    recording, candidate, seed = battery.recording, battery.candidate, battery.case.seed
-    for regime in recording.plain():
-        candidate.start("float64", "gradients", lambda regime=regime: ((recording.inputs(regime), battery.states(regime), seed), {}))
-        for layer in recording.forced(regime):
-            if candidate.path(layer.path) is not None:
-                candidate.start("float64", "call_gradients", lambda layer=layer: ((*candidate.arguments(layer), seed), {}))
 
 
 def layer_gradients(battery: Battery) -> list[Check]:
@@ -148,6 +140,7 @@ def optimiser(battery: Battery) -> list[Check]:
     case, trajectory = battery.case, battery.candidate.trajectory
     if case.trajectory is None or trajectory is None:
         raise Unsupported("the case names no trajectory")
+    ahead.optimiser(battery)
     batches = battery.batches()
     battery.progress(f"optimiser: {len(batches)} steps of the reference")
     place = Place("optimiser", "", f"{len(batches)} steps", "float64", battery.position(""))
@@ -259,10 +252,8 @@ def observability(battery: Battery) -> list[Check]:
             seen = any(digest(output) != before for output, before in zip(outputs, base, strict=True))
             checks.append(_observed(battery, place, name, leaf, seen))
 
-            def compare(changed: dict = changed, outputs: list = outputs, place: Place = place) -> list[Check]:
-                shift = {target: value for target, value in candidate.map.to_candidate(changed).items()}
-                other.load({target: shift[target] if any(source == name for source in candidate.map.sources_of(target)) else value  # noqa: B023
-                            for target, value in candidate.weights.items()})
+            def compare(changed: dict = changed, outputs: list = outputs, place: Place = place, name: str = name) -> list[Check]:
+                other.load({**candidate.weights, **candidate.map.made_from(name, changed)})
                 found = []
                 for (inputs, _, states), expected in zip(regimes, outputs, strict=True):
                     found += exact(place, expected, other.run(inputs, states, tap=False).outputs, battery.bounds, "free", 8)

@@ -67,7 +67,7 @@ class LinenAdapter(NNXAdapter):
         if model.scope is not None:
             raise CaseError(f"the {role} of case {case.name!r} is a bound {type(model).__name__}; give the module itself, without variables")
         self.dtype, self.case, self.position, self.model = dtype, case, position, model
-        self.programs, self.patches, self.salt, self.graph = Programs(), (), None, "model"
+        self.programs, self.patches, self.salt, self.known = Programs(), (), None, "model"
         self._leaves: dict[str, Leaf] = {}
         self._digests: dict[str, str] = {}
         self._subs: dict[str, Part] = {}

@@ -17,7 +17,7 @@ from .. import tree
 from ..case import Case, Trajectory
 from .base import Call, Gradients, Leaf, Node, Run, Trained, check_names, joined
 from .jax_shared import RANDOM, Part, distance, is_float32, numpied, projection, wide
-from .nnx_trace import Patch, Programs, Tap, compiled, instrumented, modules_of
+from .nnx_trace import Hashed, Patch, Programs, Tap, instrumented, modules_of
 
 LAYERS = (
     (nnx.Linear, "linear"), (nnx.LinearGeneral, "lineargeneral"), (nnx.Embed, "embedding"), (nnx.LayerNorm, "layernorm"),
@@ -63,6 +63,7 @@ class NNXAdapter:
             self.model = model
             _retyped(model, dtype)
             self.graph, state = nnx.split(model)
+            self.known = Hashed(self.graph)
             flat = dict(nnx.to_flat_state(state))
             self.random = {path: variable for path, variable in flat.items() if _random(variable)}
             self.variables = {".".join(map(str, path)): (path, variable) for path, variable in flat.items() if path not in self.random}
@@ -123,8 +124,8 @@ class NNXAdapter:
             result = self.programs.run(("run", tap, *self._key()), function, value, self.case.jit,
                                        quick=quick)
             result = tree.map_leaves(numpied, result)
-        effects = [f"variable {name} changed during the call" for name, value in self.arrays().items()
-                   if tap and value.tobytes() != result["after"][name].tobytes()]
+        before = self.arrays() if tap else {}
+        effects = [f"variable {name} changed during the call" for name, value in before.items() if value.tobytes() != result["after"][name].tobytes()]
         return Run(result["outputs"], [Call(*call) for call in result["calls"]], effects, frozenset(result["untapped"]))
 
     def call(self, path: str, args: tuple, kwargs: dict) -> Any:
@@ -195,18 +196,16 @@ class NNXAdapter:
                     parameters, others = ({name: values[name] for name in group} for group in (parameters, others))
                 return parameters, others, optimiser_state, value
 
-            losses, optimiser_state = [], optimiser.init(parameters)
-            if self.case.jit:
-                first = (parameters, others, optimiser_state, self._arrays(dict(batches[0])))
-                step = compiled(step, first, quick=True)
+            losses, optimiser_state, key = [], optimiser.init(parameters), ("train", trajectory, seed, *self._key())
             for batch in batches:
-                parameters, others, optimiser_state, value = step(parameters, others, optimiser_state, self._arrays(dict(batch)))
+                given = (parameters, others, optimiser_state, self._arrays(dict(batch)))
+                parameters, others, optimiser_state, value = self.programs.run(key, lambda value: step(*value), given, self.case.jit, quick=True)
                 losses.append(float(value))
             arrays = {name: numpied(value) for name, value in {**parameters, **others}.items()}
         return Trained(np.asarray(losses), arrays)
 
     def start(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Begin to compile what a call of `run`, `call`, `gradients` or `call_gradients` with these arguments will need.
+        """Begin to compile what a call of `run`, `call`, `gradients`, `call_gradients` or `train` with these arguments will need.
 
         An error is not raised here: the call itself meets it again, where it is reported.
         """
@@ -234,7 +233,7 @@ class NNXAdapter:
 
     def _key(self, path: str = "", graph: Any = None) -> tuple:
         # patches are keyed by the objects themselves, which keeps them alive as long as the program
-        return (self.graph if graph is None else graph, tuple(self._below(path)), self.salt)
+        return (self.known if graph is None else graph, tuple(self._below(path)), self.salt)
 
     def _below(self, path: str) -> list[tuple[str, Patch]]:
         return [(patch.below(path), patch) for patch in self.patches if patch.below(path) is not None]
@@ -275,7 +274,7 @@ class NNXAdapter:
                 with instrumented(module, self._below(path), None):
                     yield module
 
-            self._subs[path] = Part(path, graph, weights, {name: isinstance(flat[name][1], nnx.Param) for name in weights}, live)
+            self._subs[path] = Part(path, Hashed(graph), weights, {name: isinstance(flat[name][1], nnx.Param) for name in weights}, live)
         return self._subs[path]
 
     def _differentiate(self, key: tuple, loss: Callable, weights: dict, trained: Mapping[str, bool], given: Any, rename: Callable) -> Gradients:
@@ -302,7 +301,8 @@ class NNXAdapter:
         return model(*given.values()) if carried is None else model(*given.values(), carried)
 
     def _array(self, value: np.ndarray) -> jax.Array:
-        return jnp.array(value, dtype=self.dtype if value.dtype.kind == "f" else None, copy=True)
+        # a copy of NumPy's that is handed over: jnp.array would compile a conversion for every shape
+        return jax.device_put(np.array(value, dtype=jnp.dtype(self.dtype) if value.dtype.kind == "f" else None))
 
     def _arrays(self, value: Any) -> Any:
         return tree.map_leaves(lambda leaf: self._array(np.asarray(leaf)) if isinstance(leaf, (np.ndarray, np.generic)) else leaf, value)

@@ -163,6 +163,19 @@ def _compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="parity-compile")
 
 
+class Hashed:
+    """A value as a key whose hash is computed once: that of a graph definition walks the whole model, and every call looks its program up."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hashed) and (self.value is other.value or (self.hash == other.hash and self.value == other.value))
+
+
 class Started(Exception):
     """A program was only started on its way; there is no result yet."""
 
