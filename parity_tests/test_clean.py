@@ -1,15 +1,17 @@
-"""No false alarms on random clean configurations: five of each model here, other ones than those that `make calibrate` draws."""
+"""No false alarms on random clean configurations: five of each model here, other ones than those of `calibration/clean.json`, which is held to
+its sources and to what it has to say."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from parity_tests import clean, clean_cases, histograms
+from parity_tests import clean, clean_cases, histograms, sources
 from parity_tests.harness import lint
 from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.compare import Place, rounded
@@ -129,3 +131,21 @@ def test_the_table_says_what_the_record_says() -> None:
     table = histograms.text(record)
     assert "| lam | float32 | 10 | 4 | 0.00% | 0.00% | 50.00% | 50.00% | 100.00% | 10 | 16 |" in table
     assert "| wavecore | bfloat16 | 5 | 2 | 0.00% | 100.00% |" in table and "| lam | 3, float32, rounding | 0.625 | seed 1000.1: norm" in table
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    return json.loads((clean.FOLDER / "clean.json").read_text(encoding="utf-8"))
+
+
+def test_the_calibration_is_of_these_sources(kept: dict[str, Any]) -> None:
+    wrong = sources.changed(kept["sources"], sources.digests(clean.OWN))
+    assert not wrong, f"`make calibrate` has to run again: {', '.join(wrong)}"
+
+
+def test_a_hundred_clean_configurations_of_each_model_and_no_alarm(kept: dict[str, Any]) -> None:
+    assert kept["models"] == json.loads(json.dumps(clean.record_of(kept["configurations"], {}, kept["draws"])["models"]))
+    for model in clean_cases.MODELS:
+        numbers = {entry["number"] for entry in kept["configurations"] if entry["model"] == model}
+        assert len(numbers) >= 100 and kept["models"][model]["alarms"] == 0
+    assert re.search(r"\d{4}-\d\d-\d\d", kept["time"]) and histograms.text(kept) == (clean.FOLDER / "README.md").read_text(encoding="utf-8")
