@@ -1,4 +1,4 @@
-"""What `make calibrate` keeps of every porting bug reads back, is gone on with, and knows the sources that it is of."""
+"""What `make calibrate` has kept of every porting bug is what this tree would give, and says what the harness is held to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,58 @@ import pytest
 from parity_tests import calibrate, sources
 from parity_tests.harness import Case, Engine, Injector, records
 from parity_tests.harness.mutate import Mutation
+
+MODELS = ("GroundedMamba", "LAM", "WaveCore")
+
+
+@pytest.fixture(scope="module")
+def kept() -> tuple[dict, dict[str, list[Mutation]]]:
+    """The record of the run, and its mutations by case."""
+    assert calibrate.FILE.is_file(), f"{calibrate.FILE} does not exist: `make calibrate` writes it"
+    text = calibrate.FILE.read_text(encoding="utf-8")
+    return json.loads(text)["calibration"], records.mutations_from_json(text)
+
+
+def of(kept: tuple[dict, dict[str, list[Mutation]]], model: str, unseen: bool) -> list[Mutation]:
+    record, found = kept
+    return [item for case in record["models"][model]["cases"] for item in found[case] if item.unseen is unseen]
+
+
+def test_the_sources_are_those_of_the_run(kept: tuple[dict, dict[str, list[Mutation]]]) -> None:
+    wrong = sources.changed(kept[0]["sources"], calibrate.digests())
+    assert not wrong, f"`make calibrate` has to run again: {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_bug_is_killed_and_nearly_all_are_located(kept: tuple[dict, dict[str, list[Mutation]]], model: str) -> None:
+    found = of(kept, model, unseen=False)
+    assert len(found) >= 40 and len({item.name for item in found}) == len(found)
+    assert [item.name for item in found if not item.detected] == []
+    assert sum(item.held for item in found) >= 0.95 * len(found), [item.sentence for item in found if not item.held]
+
+
+def test_the_diagnosis_names_seven_of_ten(kept: tuple[dict, dict[str, list[Mutation]]]) -> None:
+    known = [item for model in MODELS for item in of(kept, model, unseen=False) if item.named is not None]
+    wrong = [f"{item.name}: {item.diagnosis}, expected {' or '.join(item.families)}" for item in known if not item.named]
+    assert len(known) >= 100 and len(wrong) <= 0.3 * len(known), wrong
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ten_bugs_that_nothing_was_tuned_for_are_reported_apart(kept: tuple[dict, dict[str, list[Mutation]]], model: str) -> None:
+    assert len(of(kept, model, unseen=True)) == 10
+
+
+def test_the_totals_are_those_of_the_mutations(kept: tuple[dict, dict[str, list[Mutation]]]) -> None:
+    assert set(kept[0]["models"]) == set(MODELS)
+    for model in MODELS:
+        made = calibrate.totals([*of(kept, model, unseen=False), *of(kept, model, unseen=True)])
+        assert {name: kept[0]["models"][model][name] for name in made} == made
+
+
+def test_the_bugs_are_those_of_the_lists(kept: tuple[dict, dict[str, list[Mutation]]]) -> None:
+    mutations = pytest.importorskip("parity_tests.mutations")
+    assert {case.name: [(item.name, item.where) for item in case.injectors] for case in mutations.CASES} == {
+        case: [(item.name, item.expected) for item in found] for case, found in kept[1].items()}
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
