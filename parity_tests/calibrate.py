@@ -64,7 +64,9 @@ def kept(path: Path, current: Mapping[str, str]) -> tuple[dict[str, list[Mutatio
         return {}, {}
     text = path.read_text(encoding="utf-8")
     record = json.loads(text)["calibration"]
-    return ({}, {}) if record.get("sources") != dict(current) else (records.mutations_from_json(text), record["models"])
+    if not record.get("sources") or sources.changed(record["sources"], current):
+        return {}, {}
+    return records.mutations_from_json(text), record["models"]
 
 
 def _cpu() -> float:

@@ -49,6 +49,9 @@ def digests(patterns: Sequence[str] = (), root: Path = ROOT) -> dict[str, str]:
 
 
 def changed(recorded: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """Paths whose digests differ, or that are in one of the two only, each with what became of it."""
-    words = {path: "is new" if path not in recorded else "is gone" if path not in current else "changed" for path in {*recorded, *current}}
-    return [f"{path} {words[path]}" for path in sorted(words) if recorded.get(path) != current.get(path)]
+    """Recorded paths whose digests differ or that are gone, each with what became of it.
+
+    A source that is new decides nothing by itself: what makes use of it has changed, too.
+    """
+    words = {path: "changed" if path in current else "is gone" for path in recorded if recorded[path] != current.get(path)}
+    return [f"{path} {word}" for path, word in sorted(words.items())]

@@ -21,7 +21,7 @@ import torch
 from flax import nnx
 from rich.console import Console
 
-from parity_tests.harness import report
+from parity_tests.harness import ahead, report
 from parity_tests.harness.battery import TIERS, Battery, Result, run_case
 from parity_tests.harness.bounds import Bound
 from parity_tests.harness.case import Case, CaseError, StateProtocol, Trajectory
@@ -39,6 +39,18 @@ def test_a_healthy_port_holds(healthy: Result) -> None:
     assert [tier.name for tier in healthy.tiers] == list(TIERS)
     assert [tier.name for tier in healthy.tiers if tier.skipped] == ["voting"]
     assert min(len(tier.checks) for tier in healthy.tiers if not tier.skipped) > 1
+
+
+def test_what_the_next_tier_compiles_is_begun_once_and_used() -> None:
+    """A run of several tiers compiles what each would by itself, the step of training included."""
+    names = ("free", "splits", "optimiser")
+    together, alone = Battery(CASE), Battery(CASE)
+    assert together.run(names).held and all(alone.tier(name).held for name in names)
+    counts = [battery.candidate.adapter("float64").programs.count for battery in (together, alone)]
+    assert counts[0] == counts[1] > 5
+    begun = Battery(CASE)
+    ahead.begin(begun, names)
+    assert begun.candidate.adapter("float64").programs.count == counts[0] - 1  # a split from the beginning is not foreseen
 
 
 def test_every_module_was_forced_under_every_regime(healthy: Result) -> None:
