@@ -24,7 +24,8 @@ SMALLEST = 1e-17  # where zero is drawn on a logarithmic axis
 def log(tracker: Tracker, result: Result, past: Sequence[Result], folder: Path) -> None:
     """Log a result; `past` are earlier results of the same question, `folder` takes the pictures.
 
-    The steps of the run are positions: `depth/*` by module in run order, `time/*` by time step, `training/*` by optimiser step.
+    The steps of the run are positions: `depth/*` by module in run order, `time/*` by time step, `training/*` by optimiser step. Errors are
+    given as log10: on the linear axes of a dashboard 1e-16 and 1e-9 are the same line.
     """
     lines = positions(result)
     for step, values in enumerate(lines):
@@ -52,22 +53,25 @@ def positions(result: Result) -> list[dict[str, float]]:
         found.extend({} for _ in range(place + 1 - len(found)))
         found[place][name] = value
 
+    def error(place: int, name: str, value: float | None) -> None:
+        put(place, f"{name}_log10", None if value is None else math.log10(max(value, SMALLEST)))
+
     for place, layer in enumerate(summaries.layers(result)):
         for name, check in _checks(layer).items():
-            put(place, f"depth/{name}", _value(check))
+            error(place, f"depth/{name}", _value(check))
         for dtype, check in layer.rounding.items():
-            put(place, f"depth/{dtype}_own", check.own_error)
+            error(place, f"depth/{dtype}_own", check.own_error)
     for item in result.series:
         if item.kind == TIME and not item.where and item.regime == AS_IS:
             for place, value in enumerate(item.candidate):
-                put(place * item.stride, f"time/{item.dtype}_{item.leaf or 'output'}", value)
+                error(place * item.stride, f"time/{item.dtype}_{item.leaf or 'output'}", value)
             for place, value in enumerate(item.reference):
-                put(place * item.stride, f"time/{item.dtype}_{item.leaf or 'output'}_own", value)
+                error(place * item.stride, f"time/{item.dtype}_{item.leaf or 'output'}_own", value)
         if item.kind == TRAINING:
             for place, (reference, candidate) in enumerate(zip(item.reference, item.candidate, strict=True)):
                 put(place, "training/reference", reference)
                 put(place, "training/candidate", candidate)
-                put(place, "training/difference", abs(candidate - reference))
+                error(place, "training/difference", abs(candidate - reference))
     return found
 
 

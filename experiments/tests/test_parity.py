@@ -148,9 +148,10 @@ def test_the_dashboard_holds_the_numbers_of_the_result(place: Path) -> None:
         low = max((c for c in made.checks if c.tier == "rounding" and c.where == row[1] and c.dtype == "bfloat16"), key=lambda c: c.value / c.allowed)
         assert (named["bfloat16"], named["bfloat16 own"]) == (low.value, low.own_error)
     steps = dict(run.lines)
-    assert steps[2]["depth/forced"] == rows[2][3] and steps[5]["depth/free"] == rows[5][5] and "depth/forced" not in steps[5]
+    assert steps[2]["depth/forced_log10"] == math.log10(rows[2][3]) and "depth/forced_log10" not in steps[5]
+    assert steps[5]["depth/free_log10"] == math.log10(max(rows[5][5], 1e-17))
     line = next(item for item in made.series if item.kind == "training")
-    assert [steps[place]["training/reference"] for place in range(50)] == line.reference and "time/float32_0_own" in steps[62]
+    assert [steps[place]["training/reference"] for place in range(50)] == line.reference and "time/float32_0_own_log10" in steps[62]
     assert run.steps == sorted(run.steps) and run.images == ["error_against_depth"]  # W&B refuses steps that go back
     assert run.values["worst/forced"] == worst["blocks.3.norm"].value and run.values["failed"] == sum(not c.held for c in made.checks)
     assert run.values["worst_of_allowed/forced"] == pytest.approx(run.values["worst/forced"] / 1e-12) and math.isfinite(run.values["least_cosine"])
