@@ -196,7 +196,7 @@ class NNXAdapter:
                     parameters, others = ({name: values[name] for name in group} for group in (parameters, others))
                 return parameters, others, optimiser_state, value
 
-            losses, optimiser_state, key = [], optimiser.init(parameters), ("train", trajectory, seed, *self._key())
+            losses, optimiser_state, key = [], optimiser.init(parameters), ("train", optax.adamw, trajectory, seed, *self._key())
             for batch in batches:
                 given = (parameters, others, optimiser_state, self._arrays(dict(batch)))
                 parameters, others, optimiser_state, value = self.programs.run(key, lambda value: step(*value), given, self.case.jit, quick=True)

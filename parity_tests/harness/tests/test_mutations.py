@@ -112,6 +112,12 @@ def test_the_rules_that_notice(found: dict) -> None:
     assert found[bugs.optimiser_setting(weight_decay=1e-4).name].tier == "optimiser"
 
 
+def test_another_optimiser_is_not_served_with_the_step_that_was_compiled_for_the_right_one() -> None:
+    """Its state looks alike and its settings are the same, so that only the function tells the two apart."""
+    item, = run_mutations(replace(CASE, injectors=(more.epsilon_in_the_root(),), regimes=("as is",)))
+    assert item.detected and item.tier == "optimiser"
+
+
 def test_the_diagnosis_names_the_family(found: dict) -> None:
     expected = {"kernel not transposed": "transposed kernel", "missing bias": "missing bias", "left at initialisation": "initialisation",
                 "(1 + w) for w": "(1 + w) for w", "two heads swapped": "permuted heads", "output x": "uniform slope", "one channel": "one channel",
