@@ -29,7 +29,8 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
-from experiments.checkpoint import newest_run
+from experiments import refusals
+from experiments.checkpoint import check_run, newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
 from experiments.errors import RunError
@@ -171,7 +172,7 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
     parser = get_args_parser()
 
     def refuse(message: str) -> None:
-        raise RunError(message)
+        raise RunError(f"{message}; fields are given as KEY=VALUE, as in training.steps=300")
 
     parser.error = refuse  # type: ignore[assignment, method-assign]
     parsed = parser.parse_args(arguments)
@@ -179,6 +180,9 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
         raise RunError("--config-path, --config-dir and --config-name are not supported; give overrides, or a file of data with data.path=...")
     if parsed.help or parsed.hydra_help:
         return arguments
+    refused = refusals.twice(parsed.overrides) or refusals.foreign(parsed.overrides)
+    if refused:
+        raise RunError(refused)
     every = jobs(parsed.overrides)
     if len(every) > 1 and not parsed.multirun:
         raise RunError(f"{len(every)} jobs were asked for by a list of values; add -m to run them one after another")
@@ -190,6 +194,8 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
         COMMANDS[root].check(config)
     folder = first.run_dir or _folder(first, root, sweep=parsed.multirun)
     if root == "train":
+        if first.resume == "auto" and not parsed.multirun:
+            check_run(Path(folder))
         check_free(Path(folder))
     writable(Path(folder))
     absolute = Path(folder).absolute()

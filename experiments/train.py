@@ -55,6 +55,8 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
     with warnings.catch_warnings(), RunLock(folder) as lock:
         warnings.showwarning = show
         state = session.prepare(config, folder)
+        if config.long_context:
+            long_context.fitting(state.held_out, config.evaluation.lengths)
         tracker = trackers.make(
             config.tracker, folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
             name=folder.name, group=group, tags=[config.architecture, config.backend.name], run_id=state.tracker_id,

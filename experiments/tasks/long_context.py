@@ -106,8 +106,14 @@ def measure(step: TrainStep, stream: np.ndarray, length: int, chunk: int) -> Row
 
 def run(step: TrainStep, stream: np.ndarray, lengths: Sequence[int], chunk: int) -> list[Row]:
     """One row for each length that the held-out text has, after one chunk that is not measured (compilation, first allocations)."""
-    fitting = [length for length in lengths if length < len(stream)]
-    if not fitting:
+    fit = fitting(stream, lengths)
+    measure(step, stream, min(chunk, min(fit)), chunk)
+    return [measure(step, stream, length, chunk) for length in fit]
+
+
+def fitting(stream: np.ndarray, lengths: Sequence[int]) -> list[int]:
+    """The lengths that `stream` has, in rising order. Raises RunError where it has none of them."""
+    found = sorted({length for length in lengths if length < len(stream)})
+    if not found:
         raise RunError(f"evaluation.lengths: the held-out text has {len(stream)} tokens, the shortest length is {min(lengths)}")
-    measure(step, stream, min(chunk, min(fitting)), chunk)
-    return [measure(step, stream, length, chunk) for length in fitting]
+    return found
