@@ -24,6 +24,7 @@ def smoke(text: Path, *overrides: str) -> TrainConfig:
 SHORT = [
     "model.dim=12", "model.depth=1", "training.steps=3", "training.batch_size=3", "training.context=17", "evaluation.tokens=210",
     "evaluation.final_tokens=310", "evaluation.batch_size=3", "evaluation.sample_tokens=3", "evaluation.lengths=[40]", "evaluation.chunk=30",
+    "evaluation.puzzles=4",
 ]
 MAMBA = ["model.ssm_dim=5", "model.rwkv_heads=3"]
 BANK = [*MAMBA, "model.memory_size=7", "model.memory_writes=3", "model.retrieval_heads=2"]

@@ -1,0 +1,104 @@
+"""Validation of states: a model that uses its context and one that does not are told apart, and both frameworks give the same numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runtime
+from conf.schema import MonitorsConfig
+from experiments.data.tokens import ByteTokenizer
+from experiments.evaluation import Validation
+from experiments.monitors.drift import Drift
+from experiments.steps import make
+from experiments.tasks import validate
+from experiments.tasks.reasoning import Score
+from experiments.tests import tiny
+
+
+class Reader:
+    """A step whose state counts letters and saves `saved` nats per token, or one whose state is the same whatever it read."""
+
+    def __init__(self, saved: float, *, counts: bool, spoilt: bool = False) -> None:
+        self.saved, self.counts, self.spoilt = saved, counts, spoilt
+        self.rng = np.random.default_rng(0)
+
+    def evaluate(self, ids: np.ndarray, labels: np.ndarray, states: Any) -> tuple[float, Any]:
+        nats, after, _ = self.observe(ids, labels, states)
+        return nats, after
+
+    def observe(self, ids: np.ndarray, labels: np.ndarray, states: Any) -> tuple[float, Any, dict[str, Any]]:
+        letters = (ids[..., None] == np.arange(97, 123)).sum(1).astype(float)
+        before = np.zeros_like(letters) if states is None else states[0]["ssm"]
+        after = [{"ssm": before + letters if self.counts else 1.0 + 0.01 * self.rng.standard_normal(letters.shape)}]
+        nats = 2.0 - (self.saved if states is not None else 0.0) + 1e-3 * self.rng.standard_normal()
+        return math.nan if self.spoilt else nats * ids.size, after, {"states": after}
+
+
+def lanes(rows: int = 3, columns: int = 181) -> np.ndarray:
+    """Every lane has letters of its own."""
+    rng = np.random.default_rng(1)
+    return np.stack([97 + 5 * row + rng.integers(0, 5, columns) for row in range(rows)])
+
+
+def test_states_that_are_used_save_nats_and_hold_their_text() -> None:
+    kept, coherence = validate.windows(Reader(0.2, counts=True), lanes(), half=30, stride=7)
+    assert kept is not None and kept.windows == 3 and kept.gain.value == pytest.approx(0.2, abs=0.01) and kept.gain.positive
+    assert kept.fresh - kept.carried == pytest.approx(kept.gain.value)
+    assert coherence["ssm"].gap.positive and coherence["ssm"].own > 0.9 and coherence["ssm"].other < 0.1
+
+
+def test_states_that_are_not_used_save_nothing() -> None:
+    kept, coherence = validate.windows(Reader(0.0, counts=False), lanes(), half=30, stride=7)
+    assert kept is not None and not kept.gain.positive and not coherence["ssm"].gap.positive
+    assert validate.windows(Reader(0.2, counts=True), lanes(1), half=30)[1] == {}  # no other lane
+    assert validate.windows(Reader(0.2, counts=True), lanes(), half=91) == (None, {})
+    spoilt, nothing = validate.windows(Reader(0.0, counts=True, spoilt=True), lanes(), half=30)
+    assert spoilt is not None and math.isnan(spoilt.carried) and nothing == {}
+
+
+def test_mean_and_its_error() -> None:
+    found = validate.Mean.of([1.0, 2.0, 3.0, 6.0])
+    assert found.value == 3.0 and found.error == pytest.approx(math.sqrt(14 / 3 / 4)) and not found.positive
+    assert validate.Mean.of([1.0, 1.1]).positive and not validate.Mean.of([1.0]).positive  # one window has no error
+
+
+def test_rows_say_what_the_numbers_say() -> None:
+    def report(gain: float, accuracy: float, excess: float) -> validate.Report:
+        kept = validate.Retention(1.0, 1.0 + gain, validate.Mean(gain, 0.01), 9)
+        drift = Drift([1.0 + excess] * 4, [1.0] * 4, [1.0] * 4)
+        return validate.Report(
+            Validation(2.0, 7.4, 100, 90), kept, {"wkv": validate.Coherence(0.9, 0.9 - gain, validate.Mean(gain, 0.01))},
+            {"recall": Score(accuracy, 0.125, 0.01, 64)}, drift, tuple(found.message for found in drift.findings(MonitorsConfig())),
+        )
+
+    good, bad = (dict((row[0], row[2]) for row in report(*case).rows()) for case in ((0.2, 0.5, -0.1), (0.02, 0.14, 0.2)))
+    assert good["context retention"] == "its states save" and "nothing that can be told from noise" in bad["context retention"]
+    assert good["coherence of wkv"] == "holds something of its text" and "is not nearer" in bad["coherence of wkv"]
+    assert (good["recall"], bad["recall"]) == ("above chance", "chance") and good["drift"] == "none" and "carried states cost 0.200" in bad["drift"]
+    assert report(0.2, 0.5, -0.1).finite and not report(math.nan, 0.5, -0.1).finite
+
+
+def test_both_frameworks_give_the_same_numbers() -> None:
+    """In float64, from the same weights and text: to 1e-9, where sums over some hundred tokens are taken in another order."""
+    stream = np.random.default_rng(5).integers(97, 123, size=900)
+    rows = stream[: 3 * 241].reshape(3, 241)
+    found = {}
+    for backend in ("torch", "jax"):
+        settings = tiny.gru(backend)
+        step = make(runtime.build("gru", settings.model, backend, dtype="float64"), settings)
+        kept, coherence = validate.windows(step, rows, half=60, stride=60)
+        monitors = MonitorsConfig(drift_tokens=120, drift_chunk=60)
+        whole = validate.run(step, rows, stream, ByteTokenizer(), 60, 2, monitors)
+        first = step.evaluate(rows[:, :60].copy(), rows[:, 1:61].copy(), None)
+        second = step.evaluate(rows[:, 60:120].copy(), rows[:, 61:121].copy(), first[1])[0]
+        third = step.evaluate(rows[:, 120:180].copy(), rows[:, 121:181].copy(), None)
+        fourth = step.evaluate(rows[:, 180:240].copy(), rows[:, 181:241].copy(), third[1])[0]
+        assert kept is not None and kept.carried == pytest.approx((second + fourth) / 360, rel=1e-12)
+        found[backend] = whole.statistics() | {"own": coherence["h"].own, "other": coherence["h"].other, "gain": kept.gain.value}
+    assert found["torch"].keys() == found["jax"].keys() and "validate/drift_excess_nats" in found["torch"]
+    for name, value in found["torch"].items():
+        assert found["jax"][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
