@@ -53,7 +53,10 @@ class NeverFresh(Wrapped):
 
     def __call__(self, ids: np.ndarray, states: Any = None) -> tuple[np.ndarray, Any]:
         if states is None and np.ndim(ids) == 2 and len(ids):
-            states = [{kind: np.asarray(value) + np.float32(0.5) for kind, value in state.items()} for state in self.init_states(len(ids))]
+            states = [
+                {kind: np.broadcast_to(np.linspace(-1, 1, value.shape[-1], dtype=np.float32), value.shape).copy() for kind, value in state.items()}
+                for state in self.init_states(len(ids))
+            ]
         return self.inside(ids, states)
 
 
@@ -91,7 +94,7 @@ class Noisy(Wrapped):
 
     def __call__(self, ids: np.ndarray, states: Any = None) -> tuple[np.ndarray, Any]:
         logits, after = self.inside(ids, states)
-        return logits + (3e-5 * logits.std() * self.rng.standard_normal(logits.shape)).astype(logits.dtype), after
+        return logits + (4e-6 * logits.std() * self.rng.standard_normal(logits.shape)).astype(logits.dtype), after
 
 
 class Leaking(Wrapped):

@@ -1,4 +1,4 @@
-"""Validation of states: a model that uses its context and one that does not are told apart, and both frameworks give the same numbers."""
+"""Validation of states: a model that uses its context and one that does not are told apart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 import runtime
 from conf.schema import MonitorsConfig
-from experiments.data.tokens import ByteTokenizer
 from experiments.evaluation import Validation
 from experiments.monitors.drift import Drift
 from experiments.steps import make
@@ -82,23 +81,12 @@ def test_rows_say_what_the_numbers_say() -> None:
     assert report(0.2, 0.5, -0.1).finite and not report(math.nan, 0.5, -0.1).finite
 
 
-def test_both_frameworks_give_the_same_numbers() -> None:
-    """In float64, from the same weights and text: to 1e-9, where sums over some hundred tokens are taken in another order."""
-    stream = np.random.default_rng(5).integers(97, 123, size=900)
-    rows = stream[: 3 * 241].reshape(3, 241)
-    found = {}
-    for backend in ("torch", "jax"):
-        settings = tiny.gru(backend)
-        step = make(runtime.build("gru", settings.model, backend, dtype="float64"), settings)
-        kept, coherence = validate.windows(step, rows, half=60, stride=60)
-        monitors = MonitorsConfig(drift_tokens=120, drift_chunk=60)
-        whole = validate.run(step, rows, stream, ByteTokenizer(), 60, 2, monitors)
-        first = step.evaluate(rows[:, :60].copy(), rows[:, 1:61].copy(), None)
-        second = step.evaluate(rows[:, 60:120].copy(), rows[:, 61:121].copy(), first[1])[0]
-        third = step.evaluate(rows[:, 120:180].copy(), rows[:, 121:181].copy(), None)
-        fourth = step.evaluate(rows[:, 180:240].copy(), rows[:, 181:241].copy(), third[1])[0]
-        assert kept is not None and kept.carried == pytest.approx((second + fourth) / 360, rel=1e-12)
-        found[backend] = whole.statistics() | {"own": coherence["h"].own, "other": coherence["h"].other, "gain": kept.gain.value}
-    assert found["torch"].keys() == found["jax"].keys() and "validate/drift_excess_nats" in found["torch"]
-    for name, value in found["torch"].items():
-        assert found["jax"][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+def test_windows_of_a_model_are_those_of_a_plain_pass() -> None:
+    rows = np.random.default_rng(5).integers(97, 123, size=(3, 241))
+    settings = tiny.gru()
+    step = make(runtime.build("gru", settings.model, "torch", dtype="float64"), settings)
+    kept, coherence = validate.windows(step, rows, half=60, stride=17)
+    parts = [(rows[:, low : low + 60].copy(), rows[:, low + 1 : low + 61].copy()) for low in (0, 60, 120, 180)]
+    carried = [step.evaluate(*parts[index + 1], step.evaluate(*parts[index], None)[1])[0] for index in (0, 2)]
+    assert kept is not None and kept.carried == pytest.approx(sum(carried) / 360, rel=1e-12) and set(coherence) == {"h"}
+    assert kept.fresh == pytest.approx(sum(step.evaluate(*parts[index], None)[0] for index in (1, 3)) / 360, rel=1e-12)
