@@ -2,12 +2,13 @@
 
     perplexity   of held-out text streamed in lanes, and bits per byte
     retention    nats per token on the second half of a window, with the states of the first half and from zero states
-    coherence    cosine of a state with itself `STRIDE` tokens on, and with that of another lane there: a state that holds something of its
-                 text is nearer to its own past than to other text
+    coherence    cosine of a state with itself a chunk later, and with that of another lane there: a state that holds something of its text
+                 is nearer to its own past than to other text
     reasoning    induction and recall against chance
     drift        of a long stream with carried states (`experiments.monitors.drift`)
 
-Errors are standard errors of means over windows. Letters: B lanes, L length, W windows.
+Text is read in chunks of the training's context, as validation reads it. Errors are standard errors of means over windows.
+Letters: B lanes, S columns.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from experiments.monitors.drift import Drift, measure_drift
 from experiments.steps.base import TrainStep
 from experiments.tasks import reasoning
 
-HALF = 256  # tokens of half a window; memories of the default model have half-lives of up to 103
-STRIDE = 64
-MOST = 32  # windows
+HALF = 256  # tokens of half a window, at most, if that is a chunk; memories of the default model have half-lives of up to 103
+MOST = 16  # windows
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ class Retention:
     carried: float
     fresh: float
     gain: Mean
+    half: int  # tokens
     windows: int
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """Cosine of the states of a kind with themselves `STRIDE` tokens on, with those of another lane, and the difference."""
+    """Cosine of the states of a kind with themselves a chunk later, with those of another lane, and the difference."""
 
     own: float
     other: float
@@ -109,7 +110,7 @@ class Report:
         if self.retention is not None:
             kept = self.retention
             says = "its states save" if kept.gain.positive else "its states save nothing that can be told from noise"
-            figures = f"{kept.carried:.4f} nats with the states of {HALF} tokens before, {kept.fresh:.4f} without: {kept.gain}"
+            figures = f"{kept.carried:.4f} nats with the states of {kept.half} tokens before, {kept.fresh:.4f} without: {kept.gain}"
             rows.append(("context retention", figures, says))
         for kind, found in self.coherence.items():
             says = "holds something of its text" if found.gap.positive else "is not nearer to its own text than to other text"
@@ -136,32 +137,38 @@ def cosine(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], ki
     return np.where(scale > 0, (one * two).sum(1) / np.where(scale > 0, scale, 1.0), np.nan)
 
 
-def windows(step: TrainStep, lanes: np.ndarray, half: int = HALF, stride: int = STRIDE) -> tuple[Retention | None, dict[str, Coherence]]:
-    """Retention and coherence over windows of 2 x `half` tokens of the lanes (B, S + 1); None and nothing where a lane has no window."""
+def windows(step: TrainStep, lanes: np.ndarray, chunk: int, pieces: int | None = None) -> tuple[Retention | None, dict[str, Coherence]]:
+    """Retention and coherence over windows of the lanes (B, S + 1), either half `pieces` chunks; None and nothing where a lane has no window."""
+    pieces = pieces or max(1, HALF // chunk)
+    half = pieces * chunk
     count = min((lanes.shape[1] - 1) // (2 * half), MOST)
-    stride = min(stride, half)
     nats: list[tuple[float, float]] = []
     nearness: dict[str, list[tuple[float, float]]] = {}
     for window in range(count):
         columns = lanes[:, 2 * half * window : 2 * half * (window + 1) + 1]
+        parts = [_part(columns, low, low + chunk) for low in range(0, 2 * half, chunk)]
+        read, states, looks = [], None, []
+        for number, part in enumerate(parts):
+            if number in (pieces - 1, pieces):
+                value, states, seen = step.observe(*part, states)
+                looks.append(seen["states"])
+            else:
+                value, states = step.evaluate(*part, states)
+            read.append(value)
+            if not math.isfinite(value):
+                return Retention(math.nan, math.nan, Mean(math.nan, math.nan), half, len(nats)), {}  # such states would be refused
+        states, unread = None, 0.0
+        for part in parts[pieces:]:
+            value, states = step.evaluate(*part, states)
+            unread += value
         size = len(lanes) * half
-        before, first, seen = step.observe(*_part(columns, 0, half), None)
-        if not math.isfinite(before):
-            nats.append((before, before))
-            break  # states that are not finite would be refused
-        carried, states, after = step.observe(*_part(columns, half, half + stride), first)
-        fresh, _ = step.evaluate(*_part(columns, half, 2 * half), None)
-        if stride < half and math.isfinite(carried):
-            carried += step.evaluate(*_part(columns, half + stride, 2 * half), states)[0]
-        nats.append((carried / size, fresh / size))
-        if not math.isfinite(carried):
-            break
-        for kind, pair in _nearness(seen["states"], after["states"]).items():
+        nats.append((sum(read[pieces:]) / size, unread / size))
+        for kind, pair in _nearness(*looks).items():
             nearness.setdefault(kind, []).append(pair)
     if not nats:
         return None, {}
     saved = [fresh - carried for carried, fresh in nats]
-    kept = Retention(float(np.mean([pair[0] for pair in nats])), float(np.mean([pair[1] for pair in nats])), Mean.of(saved), len(nats))
+    kept = Retention(float(np.mean([pair[0] for pair in nats])), float(np.mean([pair[1] for pair in nats])), Mean.of(saved), half, len(nats))
     coherence = {
         kind: Coherence(float(np.mean([own for own, _ in pairs])), float(np.mean([other for _, other in pairs])), Mean.of([a - b for a, b in pairs]))
         for kind, pairs in nearness.items()
@@ -195,7 +202,7 @@ def run(
     if step.model.config.vocab_size < 258:
         raise RunError(f"model: reasoning is asked in bytes, which {step.model.config.vocab_size} tokens do not hold")
     whole = measured or stream(step, lanes, tokenizer, chunk)
-    kept, coherence = windows(step, lanes)
+    kept, coherence = windows(step, lanes, chunk)
     scores = {name: reasoning.score(step.model, make(puzzles, [seed, 2])) for name, make in reasoning.TASKS.items()}
     drift = measure_drift(step, held_out, monitors.drift_tokens, monitors.drift_chunk)
     found = tuple(finding.message for finding in drift.findings(monitors)) if drift else ()

@@ -21,7 +21,7 @@ STEPS, EVERY = 30, 10
 def looks(backend: str) -> tuple[list[dict[str, float]], list[str]]:
     """Numbers of every look and of the drift monitor after `STEPS` steps, and what they found; a state norm counts as high above 1."""
     settings = tiny.config(backend)
-    monitors = replace(settings.monitors, state_low=0.2, state_high=1.0, state_warn=1.0, drift_tokens=60, drift_chunk=30)
+    monitors = replace(settings.monitors, state_low=0.2, state_high=1.0, state_warn=1.0, drift_tokens=33, drift_chunk=11)
     settings = replace(settings, model=replace(settings.model, depth=1), monitors=monitors)
     step = make(runtime.build("grounded_mamba", settings.model, backend, dtype="float64", seed=settings.seed), settings)
     watch, stream, numbers, found = Watch(settings.monitors), tiny.stream(settings), [], []
@@ -34,9 +34,9 @@ def looks(backend: str) -> tuple[list[dict[str, float]], list[str]]:
             gates = {f"gate/{layer}": float(value) for layer, value in enumerate(result.gate)}
             numbers.append(values | gates | result.losses | {"gradient/norm": result.gradient_norm})
             found += [finding.message for finding in new if finding.kind != "memory"]
-    text = np.random.default_rng(5).integers(97, 123, size=(3, 61))
-    drift = measure_drift(step, text[0], 60, 30)
-    kept, coherence = validate.windows(step, text, half=30, stride=30)
+    text = np.random.default_rng(5).integers(97, 123, size=(3, 45))
+    drift = measure_drift(step, text[0], 33, 11)
+    kept, coherence = validate.windows(step, text, 11, 2)
     assert drift is not None and kept is not None and set(coherence) == {"ssm", "wkv"}
     nearness = {f"{kind}/{name}": getattr(each, name) for kind, each in coherence.items() for name in ("own", "other")}
     return [*numbers, drift.statistics(), nearness | {"carried": kept.carried, "fresh": kept.fresh, "gain": kept.gain.value}], found

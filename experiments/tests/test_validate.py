@@ -44,18 +44,18 @@ def lanes(rows: int = 3, columns: int = 181) -> np.ndarray:
 
 
 def test_states_that_are_used_save_nats_and_hold_their_text() -> None:
-    kept, coherence = validate.windows(Reader(0.2, counts=True), lanes(), half=30, stride=7)
-    assert kept is not None and kept.windows == 3 and kept.gain.value == pytest.approx(0.2, abs=0.01) and kept.gain.positive
+    kept, coherence = validate.windows(Reader(0.2, counts=True), lanes(), 10, 3)
+    assert kept is not None and kept.windows == 3 and kept.gain.value == pytest.approx(0.2 / 3, abs=0.01) and kept.gain.positive
     assert kept.fresh - kept.carried == pytest.approx(kept.gain.value)
     assert coherence["ssm"].gap.positive and coherence["ssm"].own > 0.9 and coherence["ssm"].other < 0.1
 
 
 def test_states_that_are_not_used_save_nothing() -> None:
-    kept, coherence = validate.windows(Reader(0.0, counts=False), lanes(), half=30, stride=7)
+    kept, coherence = validate.windows(Reader(0.0, counts=False), lanes(), 10, 3)
     assert kept is not None and not kept.gain.positive and not coherence["ssm"].gap.positive
-    assert validate.windows(Reader(0.2, counts=True), lanes(1), half=30)[1] == {}  # no other lane
-    assert validate.windows(Reader(0.2, counts=True), lanes(), half=91) == (None, {})
-    spoilt, nothing = validate.windows(Reader(0.0, counts=True, spoilt=True), lanes(), half=30)
+    assert validate.windows(Reader(0.2, counts=True), lanes(1), 30, 1)[1] == {}  # no other lane
+    assert validate.windows(Reader(0.2, counts=True), lanes(), 91, 1) == (None, {})
+    spoilt, nothing = validate.windows(Reader(0.0, counts=True, spoilt=True), lanes(), 30, 1)
     assert spoilt is not None and math.isnan(spoilt.carried) and nothing == {}
 
 
@@ -67,7 +67,7 @@ def test_mean_and_its_error() -> None:
 
 def test_rows_say_what_the_numbers_say() -> None:
     def report(gain: float, accuracy: float, excess: float) -> validate.Report:
-        kept = validate.Retention(1.0, 1.0 + gain, validate.Mean(gain, 0.01), 9)
+        kept = validate.Retention(1.0, 1.0 + gain, validate.Mean(gain, 0.01), 256, 9)
         drift = Drift([1.0 + excess] * 4, [1.0] * 4, [1.0] * 4)
         return validate.Report(
             Validation(2.0, 7.4, 100, 90), kept, {"wkv": validate.Coherence(0.9, 0.9 - gain, validate.Mean(gain, 0.01))},
@@ -85,7 +85,7 @@ def test_windows_of_a_model_are_those_of_a_plain_pass() -> None:
     rows = np.random.default_rng(5).integers(97, 123, size=(3, 241))
     settings = tiny.gru()
     step = make(runtime.build("gru", settings.model, "torch", dtype="float64"), settings)
-    kept, coherence = validate.windows(step, rows, half=60, stride=17)
+    kept, coherence = validate.windows(step, rows, 20, 3)
     parts = [(rows[:, low : low + 60].copy(), rows[:, low + 1 : low + 61].copy()) for low in (0, 60, 120, 180)]
     carried = [step.evaluate(*parts[index + 1], step.evaluate(*parts[index], None)[1])[0] for index in (0, 2)]
     assert kept is not None and kept.carried == pytest.approx(sum(carried) / 360, rel=1e-12) and set(coherence) == {"h"}
