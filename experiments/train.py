@@ -26,7 +26,7 @@ from experiments.data.tokens import END
 from experiments.errors import RunError
 from experiments.evaluation import Validation, seen_symbols, trigram_bits_per_byte, validate
 from experiments.events import EVENTS
-from experiments.folder import METRICS, how_to_look, log, progress_bar
+from experiments.folder import METRICS, how_to_look, log, progress_bar, whole_file
 from experiments.lock import RunLock
 from experiments.monitors import context_shift
 from experiments.monitors.memory import peak_bytes
@@ -185,7 +185,10 @@ def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: C
     tracker.summary({name: value for name, value in summary.items() if not isinstance(value, list)})
     (folder / "summary.json").write_text(json.dumps(report.finite(summary), indent=1) + "\n", encoding="utf-8")
     made = page.page([page.read(folder)])
-    (folder / page.PAGE).write_text(made, encoding="utf-8")
+    try:
+        whole_file(folder / page.PAGE, made)
+    except RunError as error:
+        warnings.warn(f"the run's page: {error}", RuntimeWarning, stacklevel=2)
     tracker.html("report", made, last)
     return summary
 

@@ -50,7 +50,8 @@ def test_run_leaves_everything_behind(backend: str, text: Path, tmp_path: Path, 
     parts = rows[0]["train/cross_entropy"] + rows[0]["train/state_penalty"] + rows[0]["train/smoothness"]
     assert rows[0]["train/loss"] == pytest.approx(parts, rel=1e-6)  # float32
     assert rows[3]["final/trigram_bits_per_byte"] == summary["trigram_bits_per_byte"]
-    for name in ("config.yaml", "environment.json", "data.json", "summary.json", "sample.txt", "curve.svg", "long_context.svg", "report.html"):
+    left = ("config.yaml", "environment.json", "data.json", "summary.json", "sample.txt", "curve.svg", "curve.png", "long_context.svg", "report.html")
+    for name in left:
         assert (tmp_path / name).stat().st_size > 0, name
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert {"python", "processor", "threads", "numpy"} <= environment.keys()
