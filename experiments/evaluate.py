@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import runtime
-from conf.distil_schema import EvaluateConfig
-from experiments import environment, report, trackers
+from conf.distil_schema import LAM_TASKS, EvaluateConfig
+from experiments import environment, opened, report, trackers
 from experiments import evaluate_language as language
 from experiments.distillation.teacher import Teacher, embeddings, locate
 from experiments.errors import RunError
@@ -56,8 +56,9 @@ def run(config: EvaluateConfig, folder: Path) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"groundwave: {message}", file=sys.stderr)
         started = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
+        group = opened.group(str(config.model)) if config.tracker.name != "none" and config.task not in LAM_TASKS else None
         tracker = trackers.make(
-            config.tracker, folder, settings=dataclasses.asdict(config), name=folder.name, group=None, tags=["evaluate", config.task], run_id=None,
+            config.tracker, folder, settings=dataclasses.asdict(config), name=folder.name, group=group, tags=["evaluate", config.task], run_id=None,
         )
         try:
             values, status = TASKS[config.task].run(config, console, folder, tracker)

@@ -39,7 +39,6 @@ class Opened:
     model: Path
     tokenizer: tokens.Tokenizer
     held_out: np.ndarray  # (n,) tokens
-    tracker_group: str | None
 
     def load(self, backend: str | None = None) -> Any:
         """The model on a backend, that of the configuration unless given. Raises RunError."""
@@ -73,7 +72,14 @@ def open_model(path: str, backend: str | None = None, text: str | None = None) -
     read = corpus.load(config.data)
     tokenizer = tokens.tokenizer(config.data, read)
     held_out = batches.held_out(batches.encode(read.validation, tokenizer))
-    return Opened(config, run, model, tokenizer, held_out, config.tracker.group)
+    return Opened(config, run, model, tokenizer, held_out)
+
+
+def group(path: str) -> str | None:
+    """The tracker's group of the run that `path` is of: its own, or that of its sweep. Raises RunError."""
+    run, _, config = _located(path)
+    sweep = run is not None and (run.parent / "multirun.yaml").is_file()
+    return config.tracker.group or (run.parent.name if run is not None and sweep else None)
 
 
 def _backend(config: TrainConfig, backend: str | None) -> TrainConfig:
