@@ -18,8 +18,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
 from yaml import YAMLError
 
 from experiments import report
@@ -99,15 +97,14 @@ def link(runs: Sequence[Logged], root: Path) -> Path:
     return target
 
 
-def show(runs: Sequence[Logged], console: Console) -> None:
-    """A line for each run."""
-    table = Table(title=f"{len(runs)} W&B runs")
-    for name in ("run", "group", "model", "backend", "step", "bits per byte", "ended"):
-        table.add_column(name, justify="right" if name in ("step", "bits per byte") else "left")
+def lines(runs: Sequence[Logged]) -> list[str]:
+    """A heading and a line for each run, in columns, however wide they get: this is what a pipe gets to see."""
+    cells = [("run", "group", "model", "backend", "step", "bits per byte", "ended")]
     for run in runs:
         step, bits = "" if run.step is None else str(run.step), "" if run.bits is None else f"{run.bits:.4f}"
-        table.add_row(run.run.as_posix(), run.group, run.model, run.backend, step, bits, "yes" if run.finished else "no")
-    console.print(table, markup=False)
+        cells.append((run.run.as_posix(), run.group, run.model, run.backend, step, bits, "yes" if run.finished else "no"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise RunError(f"review: no W&B run below {where}; a run with tracker=wandb leaves one")
     target = link(runs, folders[0])
     if chosen.list or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        show(runs, Console(soft_wrap=True))
-        print(f"in a terminal: wandb leet {target}")
+        print("\n".join([f"{len(runs)} W&B runs", *lines(runs), f"in a terminal: wandb leet {target}"]))
         return 0
     return subprocess.run([sys.executable, "-m", "wandb", "leet", str(target)], check=False).returncode
 

@@ -71,7 +71,7 @@ def test_a_model_without_a_run_is_measured(runs: dict[str, Path], text: Path, tm
 def test_configuration_of_another_version_is_read(text: Path) -> None:
     config = smoke(text, "model.dt_bias=[0.5]")
     fields = plain(config)
-    del fields["monitors"], fields["evaluation"]["streams"]
+    del fields["monitors"], fields["evaluation"]["context_shift"]
     fields["training"]["gone"] = 3
     assert configuration(fields) == replace(config, run_dir=None)
     with pytest.raises(RunError, match="the configuration of its run cannot be read: 'architecture'"):
