@@ -30,9 +30,9 @@ from parity_tests.harness.charts import Chart, Data, chart
 PAGE = "report.html"
 MOST_EVENTS, MOST_POINTS, MOST_LINES = 200, 600, 8
 _COLUMNS = {
-    "tokens": "tokens", "perplexity": "perplexity", "second_half_perplexity": "of the second half", "reset_perplexity": "with reset states",
-    "tokens_per_second": "tokens/s", "ssm_rms": "SSM RMS", "autocorrelation": "SSM lag 256", "matrix_largest": "largest entry",
-    "largest_norm": "largest norm", "unhealthy": "warnings", "peak_megabytes": "peak MB", "engine": "engine MB",
+    "tokens": "tokens", "perplexity": "perplexity", "second_half_perplexity": "2nd half", "reset_perplexity": "reset",
+    "tokens_per_second": "tokens/s", "ssm_rms": "SSM RMS", "autocorrelation": "lag 256", "matrix_largest": "entry",
+    "largest_norm": "norm", "unhealthy": "warnings", "peak_megabytes": "peak MB", "engine": "engine MB",
 }
 
 
