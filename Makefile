@@ -2,6 +2,7 @@
 # make test   sets everything up, runs all tests
 # make mutations  injects every porting bug; `make test` injects twelve for each model
 # make calibrate  injects them all and compares random clean configurations; writes parity_tests/calibration/ with the digests of the sources
+# make review  opens every W&B run below runs/ and multirun/ in `wandb leet`, or lists them where there is no terminal
 # make sanitize   runs the tests of the kernels under gcc's address and undefined-behaviour sanitizers
 # make wheel-check  builds the wheel and tests it in a fresh environment without a compiler
 # make bench  times every model against its peers, on a machine that does nothing else; writes experiments/results/
@@ -10,7 +11,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test mutations calibrate sanitize wheel-check bench clean
+.PHONY: demo test mutations calibrate review sanitize wheel-check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -26,6 +27,9 @@ mutations: $(VENV)/.ready
 calibrate: $(VENV)/.ready
 	$(BIN)/python -m parity_tests.calibrate
 	$(BIN)/python -m parity_tests.clean
+
+review: $(VENV)/.ready
+	@$(BIN)/python -m experiments.review
 
 sanitize: $(VENV)/.ready
 	.ci/sanitize $(BIN)/python

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 from conf.models import MINILM_PACKAGE, MINILM_SHA256, between, choice, whole
-from conf.schema import PARTS, CheckpointConfig, TrackerConfig
+from conf.schema import BACKENDS, PARTS, CheckpointConfig, TrackerConfig
 
-TASKS = ("sts", "documents")
+LAM_TASKS = ("sts", "documents")
+TASKS = (*LAM_TASKS, "validate", "checklist", "long_context")
 EVALUATION_BACKENDS = ("cython", "torch", "jax")
 _HEX = set("0123456789abcdef")
 
@@ -183,29 +184,40 @@ class DistilConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Root of `evaluate.yaml`. `model` is the folder of a saved LAM, or "teacher"."""
+    """Root of `evaluate.yaml`. `model`: for `LAM_TASKS` the folder of a saved LAM or "teacher", for the others a run or one of its checkpoints.
+
+    What is null is chosen by the task: `backend` the compiled engine for a LAM and that of the run for a language model, `lengths` the task's
+    own. `path` is the CSV of sts; for a language model, text in place of what the run was trained on, split in the same way.
+    """
 
     task: str = "sts"
     path: str | None = None
     model: str | None = None
-    backend: str = "cython"
+    backend: str | None = None
     batch_size: int = 32
     max_tokens: int = 512
-    lengths: list[int] = field(default_factory=lambda: [5000, 10000, 20000])  # of documents, in tokens
+    lengths: list[int] | None = None  # of documents or streams, in tokens
+    tokens: int = 131072  # held-out tokens that a language model is validated on
+    puzzles: int = 512  # of each task of reasoning
+    repeats: int = 100  # calls whose variance the checklist takes
     threads: int | None = None
     output_dir: str = "runs"
     run_dir: str | None = None
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    tracker: TrackerConfig = field(default_factory=lambda: TrackerConfig(name="none", artifacts="none"))
 
     def __post_init__(self) -> None:
         choice(self, "task", TASKS)
-        choice(self, "backend", EVALUATION_BACKENDS)
-        whole(self, batch_size=1, max_tokens=3)
+        if self.backend is not None:
+            choice(self, "backend", EVALUATION_BACKENDS if self.task in LAM_TASKS else (*BACKENDS, *(["cython"] if self.task == "checklist" else [])))
+        whole(self, batch_size=1, max_tokens=3, tokens=2, puzzles=2, repeats=2)
         if self.threads is not None:
             whole(self, threads=1)
-        if not self.lengths or any(length < 3 for length in self.lengths):
+        if self.lengths is not None and (not self.lengths or any(length < 3 for length in self.lengths)):
             raise ValueError(f"lengths must hold numbers of tokens of at least 3, found {list(self.lengths)}")
         if self.task == "sts" and not self.path:
             raise ValueError(f"path must name a CSV file of (sentence, sentence, score), found {self.path!r}; give path=FILE")
-        if not self.model:
+        if not self.model and self.task in LAM_TASKS:
             raise ValueError(f"model must be the folder of a saved LAM or 'teacher', found {self.model!r}; give model=FOLDER or model=teacher")
+        if not self.model:
+            raise ValueError(f"model must be the folder of a run or of a checkpoint, found {self.model!r}; give model=FOLDER")

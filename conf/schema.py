@@ -153,7 +153,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation in a streamed pass over held-out text, the sample, and the lengths of the long-context task."""
+    """Validation in a streamed pass over held-out text, what is measured at the end, the sample, and the lengths of the long-context task."""
 
     every: int = 250
     tokens: int = 131072
@@ -165,12 +165,14 @@ class EvaluationConfig:
     top_k: int | None = 40
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192, 16384])
     chunk: int = 512
+    streams: int = 8  # stretches of text that the perplexity of a length is taken over, as far as there is text
+    puzzles: int = 256  # of each task of reasoning, at the end; 0: no more than bits per byte is measured there
     context_shift: float | None = None  # cosine of successive hidden states below which states are reset; None: never
 
     def __post_init__(self) -> None:
         if self.context_shift is not None:
             between(self, "context_shift", -1.0, 1.0, ends="[]")
-        whole(self, every=1, tokens=2, final_tokens=2, batch_size=1, sample_tokens=0, chunk=1)
+        whole(self, every=1, tokens=2, final_tokens=2, batch_size=1, sample_tokens=0, chunk=1, streams=1, puzzles=0)
         between(self, "temperature", 0.0, math.inf, ends="[)")
         if self.top_k is not None:
             whole(self, top_k=1)

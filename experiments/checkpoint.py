@@ -158,6 +158,15 @@ def newest_run(output: Path, config: TrainConfig) -> Path | None:
     return max(found)[1] if found else None
 
 
+def check_run(folder: Path) -> None:
+    """Raise RunError unless a run can go on or begin in `folder`: one that holds something else was not meant."""
+    if not folder.is_dir():
+        return
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if held and not {FOLDER, GOLDEN, "config.yaml", "run.lock"} & set(held):
+        raise RunError(f"run_dir: {folder} is no run's folder, it holds {', '.join(held[:3])}; expected a folder with {FOLDER}, or a new one")
+
+
 def config_differences(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """One line for every field that changes what is computed and differs from the configuration of a checkpoint."""
     now = _fields(json.loads(json.dumps(dataclasses.asdict(config))))  # through JSON: tuples are lists there

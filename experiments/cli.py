@@ -29,7 +29,8 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
-from experiments.checkpoint import newest_run
+from experiments import refusals
+from experiments.checkpoint import check_run, newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
 from experiments.errors import RunError
@@ -41,8 +42,11 @@ USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave control [OVERRIDE ...] [-m]
        groundwave evaluate task=sts path=CSV model=FOLDER|teacher [OVERRIDE ...] [-m]
        groundwave evaluate task=documents model=FOLDER [OVERRIDE ...] [-m]
+       groundwave evaluate task=validate|checklist|long_context model=RUN [OVERRIDE ...] [-m]
        groundwave parity [OVERRIDE ...] [-m]
        groundwave compare RUN_A RUN_B [--band RUN_C ...] [--output FOLDER]
+       groundwave report RUN [RUN ...] [--output FILE]
+       groundwave review [FOLDER ...]
 
 train     trains a language model; any field can be set, as in model.dim=96 backend=jax training.steps=300; -m sweeps over
           comma-separated values; experiment=compare trains several models and compares them. `groundwave train --cfg job` prints
@@ -51,10 +55,14 @@ distil    trains the sentence encoder LAM to do as a BERT-like teacher does, as 
 control   trains the robot core WaveCore on episodes of a scripted expert and puts it into the environment, as in
           environment.name=Reacher-v5 backend=jax.
 evaluate  measures a saved LAM: task=sts correlates cosines of embeddings with the scores of (sentence, sentence, score);
-          task=documents gives time and memory of documents of lengths=[5000,10000,20000] tokens.
+          task=documents gives time and memory of documents of lengths=[5000,10000,20000] tokens. Of a trained language model:
+          task=validate measures what its states are good for, task=checklist what must hold before it is used, task=long_context
+          perplexity and memory up to 16,384 tokens; the last two end with status 1 where something does not hold.
 parity    runs the parity harness on cases, precisions and seeds, as in case=lam dtype=[float32,bfloat16] seed=0, and logs what it finds;
           case=my_port.py:case is a port of your own.
 compare   compares the loss curves of two runs with what rounding alone does to a third.
+report    writes one page about a run, or about several laid over one another: curves, states, events, long context, samples.
+review    opens every run below runs/ and multirun/ in `wandb leet`, or lists them where there is no terminal.
 """
 
 
@@ -171,7 +179,7 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
     parser = get_args_parser()
 
     def refuse(message: str) -> None:
-        raise RunError(message)
+        raise RunError(f"{message}; fields are given as KEY=VALUE, as in training.steps=300")
 
     parser.error = refuse  # type: ignore[assignment, method-assign]
     parsed = parser.parse_args(arguments)
@@ -179,6 +187,9 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
         raise RunError("--config-path, --config-dir and --config-name are not supported; give overrides, or a file of data with data.path=...")
     if parsed.help or parsed.hydra_help:
         return arguments
+    refused = refusals.twice(parsed.overrides) or refusals.foreign(parsed.overrides)
+    if refused:
+        raise RunError(refused)
     every = jobs(parsed.overrides)
     if len(every) > 1 and not parsed.multirun:
         raise RunError(f"{len(every)} jobs were asked for by a list of values; add -m to run them one after another")
@@ -190,6 +201,8 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
         COMMANDS[root].check(config)
     folder = first.run_dir or _folder(first, root, sweep=parsed.multirun)
     if root == "train":
+        if first.resume == "auto" and not parsed.multirun:
+            check_run(Path(folder))
         check_free(Path(folder))
     writable(Path(folder))
     absolute = Path(folder).absolute()
@@ -265,13 +278,29 @@ def run_compare(arguments: list[str]) -> int:
     return compare(arguments)
 
 
+def run_report(arguments: list[str]) -> int:
+    """`groundwave report`: one page about runs."""
+    from experiments.page import main as page
+
+    return page(arguments)
+
+
+def run_review(arguments: list[str]) -> int:
+    """`groundwave review`: every run in `wandb leet`, or a list of them."""
+    from experiments.review import main as review
+
+    return review(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `groundwave` command. Returns the exit status."""
     # Idle threads that spin cost a shared machine ten times the run's own work; read when torch's OpenMP loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("jax").setLevel(logging.WARNING)  # JAX tells of every kind of device that is not there
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS} | {"compare": run_compare}
+    commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS} | {
+        "compare": run_compare, "report": run_report, "review": run_review,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0

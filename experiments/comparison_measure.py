@@ -70,9 +70,12 @@ def trained(model: Any, config: TrainConfig, name: str, puzzles: reasoning.Puzzl
 
 def streaming(model: Path, config: TrainConfig) -> dict[str, float]:
     """Peak memory of a process that streams `memory_tokens` tokens, and the size of the states that it carries. Raises RunError if it fails."""
-    threads = str(config.backend.threads or 0)
-    command = [sys.executable, "-m", "experiments.comparison_measure", str(model), config.backend.name, str(config.comparison.memory_tokens),
-               str(config.evaluation.chunk), threads]
+    return process(model, config.backend.name, config.comparison.memory_tokens, config.evaluation.chunk, config.backend.threads)
+
+
+def process(model: Path, backend: str, tokens: int, chunk: int, threads: int | None) -> dict[str, float]:
+    """`stream` in a process of its own. Raises RunError if it fails."""
+    command = [sys.executable, "-m", "experiments.comparison_measure", str(model), backend, str(tokens), str(chunk), str(threads or 0)]
     search = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(

@@ -23,6 +23,7 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.models import WaveCoreConfig
 from conf.parity_schema import ParityConfig
+from experiments import refusals
 from experiments.errors import RunError
 
 ROOTS: dict[str, type] = {
@@ -105,7 +106,7 @@ def _known(node: DictConfig, path: str) -> None:
     names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else list(node)
     for name in node:
         if name not in names:
-            raise RunError(f"{path}{name}: unknown field; expected one of {', '.join(map(str, names))}")
+            raise RunError(f"{path}{name}: unknown field; {refusals.expected(str(name), map(str, names))}")
         child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
         if isinstance(child, DictConfig):
             _known(child, f"{path}{name}.")
@@ -127,7 +128,7 @@ def composed(overrides: list[str], root: str = "train") -> DictConfig:
         with initialize_config_module(config_module=MODULES[root], version_base="1.3"):
             return compose(root, overrides=overrides)
     except _COMPOSE_ERRORS as error:
-        raise RunError(one_line(error)) from error
+        raise RunError(refusals.sentence(error, overrides, root) or one_line(error)) from error
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
@@ -135,7 +136,7 @@ def jobs(overrides: list[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except _COMPOSE_ERRORS as error:
-        raise RunError(one_line(error)) from error
+        raise RunError(refusals.sentence(error, overrides, "train") or one_line(error)) from error
     choices = [
         [f"{item.get_key_element()}={text}" for text in item.sweep_string_iterator()] if item.is_sweep_override() else [item.input_line or ""]
         for item in parsed

@@ -31,7 +31,12 @@ def plan(folder: Path, steps: int, overrides: Sequence[str]) -> dict[str, list[s
         "torch-permuted": ["backend=torch_compiled", "data.permute_rows=true", *prefix],
     }
     shared = ["training.log_every=1", f"tracker.group={folder.name}", *overrides]
-    return {name: [*shared, *given, f"run_dir='{(folder / name).absolute()}'"] for name, given in own.items()}
+    return {name: _last([*shared, *given, f"run_dir='{(folder / name).absolute()}'"]) for name, given in own.items()}
+
+
+def _last(overrides: Sequence[str]) -> list[str]:
+    """Each key with the last of its values."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -74,6 +74,29 @@ def whole(target: Path, save: Callable[[Path], None]) -> None:
         raise RunError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
 
 
+def whole_file(target: Path, text: str) -> None:
+    """The file `target`, written under another name, then renamed. Raises RunError if it cannot be written."""
+    temporary = target.with_name(f".writing-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def threads(count: int) -> None:
+    """Threads of the kernels, and of torch where it is installed."""
+    import cython_ext
+
+    cython_ext.set_num_threads(count)
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(count)
+
+
 def how_to_look(console: Console, tracker: Tracker, places: Sequence[tuple[str, str]]) -> None:
     """Print where things are: (what, where), and how to look at the tracker's own."""
     lines = ["How to look at this:", *(f"  {what:<13} {where}" for what, where in places)]

@@ -1,4 +1,7 @@
-"""What a run leaves to look at: curves as SVG and PNG, the long-context plot, tables for the terminal."""
+"""What a run leaves to look at: curves as SVG and PNG, the long-context plot, tables for the terminal.
+
+`python -m experiments.report RUN [RUN ...]` makes one page of it: `experiments.page`.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def long_context_figure(rows: Sequence[Row]) -> Figure:
     """Perplexity, speed, state health and peak memory by length."""
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     panels = (
-        ("perplexity", ("perplexity", "second_half_perplexity")), ("tokens per second", ("tokens_per_second",)),
+        ("perplexity", ("perplexity", "second_half_perplexity", "reset_perplexity")), ("tokens per second", ("tokens_per_second",)),
         ("SSM state", ("ssm_rms", "autocorrelation")), ("largest entry of the matrix state", ("matrix_largest",)),
         ("peak memory, MB", ("peak_megabytes",)),
     )
@@ -94,15 +97,36 @@ def save(figure: Figure, path: Path) -> Path:
 
 def print_long_context(console: Console, rows: Sequence[Row]) -> None:
     """The table of `experiments.tasks.long_context`."""
-    table = Table(title="Long context: held-out text streamed with carried states")
-    for name in ("tokens", "ppl", "ppl, 2nd half", "tokens/s", "SSM RMS", f"SSM corr. {LAG}", "max state", "peak MB"):
+    table = Table(title=f"Long context: held-out text streamed with carried states; perplexity over {rows[0].streams} streams")
+    for name in ("tokens", "ppl", "2nd half", "ppl, reset", "tokens/s", "SSM RMS", f"corr. {LAG}", "max state", "peak MB"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            f"{row.tokens}", f"{row.perplexity:.3f}", f"{row.second_half_perplexity:.3f}", f"{row.tokens_per_second:.0f}", f"{row.ssm_rms:.3f}",
-            f"{row.autocorrelation:.4f}", f"{row.matrix_largest:.3g}", f"{row.peak_megabytes:.0f}",
+            f"{row.tokens}", f"{row.perplexity:.3f}", f"{row.second_half_perplexity:.3f}", f"{row.reset_perplexity:.3f}",
+            f"{row.tokens_per_second:.0f}", f"{row.ssm_rms:.3f}", f"{row.autocorrelation:.4f}", f"{row.matrix_largest:.3g}",
+            f"{row.peak_megabytes:.0f}",
         )
     console.print(table)
+
+
+def print_validation(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
+    """The table of `experiments.tasks.validate`."""
+    table = Table(title="Validation")
+    for name in ("measure", "figures", "says"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False)
+
+
+def print_checklist(console: Console, items: Sequence[tuple[str, bool, str]], title: str) -> None:
+    """Lines that hold or do not: name, whether, figures."""
+    table = Table(title=title)
+    for name in ("item", "holds", "figures"):
+        table.add_column(name)
+    for name, held, text in items:
+        table.add_row(name, "yes" if held else "NO", text)
+    console.print(table, markup=False)
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
@@ -120,3 +144,11 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     if summary["events"]:
         counted = ", ".join(f"{count} x {kind}" for kind, count in summary["events"].items())
         console.print(f"events: {counted}; learning rate at the end x {summary['rate_factor']:.4g}", highlight=False)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from experiments.cli import main
+
+    sys.exit(main(["report", *sys.argv[1:]]))

@@ -20,21 +20,23 @@ import numpy as np
 from rich.console import Console
 
 from conf.schema import TrainConfig
-from experiments import checkpoint, report, schedule, session, trackers
+from experiments import checkpoint, page, report, schedule, session, trackers
 from experiments.data import batches
 from experiments.data.tokens import END
 from experiments.errors import RunError
 from experiments.evaluation import Validation, seen_symbols, trigram_bits_per_byte, validate
 from experiments.events import EVENTS
-from experiments.folder import METRICS, how_to_look, log, progress_bar
+from experiments.folder import METRICS, how_to_look, log, progress_bar, whole_file
 from experiments.lock import RunLock
 from experiments.monitors import context_shift
 from experiments.monitors.memory import peak_bytes
 from experiments.ngram import Trigram
+from experiments.opened import keep
 from experiments.oversight import Oversight
 from experiments.session import Session
 from experiments.steps.base import StepResult
 from experiments.tasks import long_context
+from experiments.tasks import validate as validation
 from experiments.trackers import Tracker
 
 
@@ -55,6 +57,8 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
     with warnings.catch_warnings(), RunLock(folder) as lock:
         warnings.showwarning = show
         state = session.prepare(config, folder)
+        if config.long_context:
+            long_context.fitting(state.held_out, config.evaluation.lengths)
         tracker = trackers.make(
             config.tracker, folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
             name=folder.name, group=group, tags=[config.architecture, config.backend.name], run_id=state.tracker_id,
@@ -160,11 +164,13 @@ def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: C
     with open(folder / METRICS, "a", encoding="utf-8") as metrics:
         log(metrics, tracker, last, values | drifted)
     if config.long_context:
-        rows = long_context.run(state.step, state.held_out, config.evaluation.lengths, config.evaluation.chunk)
+        rows = long_context.run(state.step, state.held_out, config.evaluation.lengths, config.evaluation.chunk, config.evaluation.streams)
         summary["long_context"] = [dataclasses.asdict(row) for row in rows]
         report.print_long_context(console, rows)
         tracker.table("long_context/table", rows[0].columns(), [row.values() for row in rows], last)
         tracker.image("long_context/plot", report.save(report.long_context_figure(rows), folder / "long_context"), last)
+        if config.evaluation.puzzles:
+            summary |= _examine(state, lanes, final, tracker, console)
     if config.evaluation.sample_tokens:
         text = _sample(state)
         (folder / "sample.txt").write_text(text, encoding="utf-8")
@@ -178,7 +184,25 @@ def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: C
     # The last step's numbers are in the summary of W&B already, under the names of its curves.
     tracker.summary({name: value for name, value in summary.items() if not isinstance(value, list)})
     (folder / "summary.json").write_text(json.dumps(report.finite(summary), indent=1) + "\n", encoding="utf-8")
+    made = page.page([page.read(folder)])
+    try:
+        whole_file(folder / page.PAGE, made)
+    except RunError as error:
+        warnings.warn(f"the run's page: {error}", RuntimeWarning, stacklevel=2)
+    tracker.html("report", made, last)
     return summary
+
+
+def _examine(state: Session, lanes: np.ndarray, final: Validation, tracker: Tracker, console: Console) -> dict[str, float]:
+    """What the states are good for, and the tasks of reasoning: a table, and the numbers for the summary."""
+    config, last = state.config, state.config.training.last_step
+    found = validation.run(
+        state.step, lanes, state.held_out, state.tokenizer, config.training.context, config.evaluation.puzzles, config.monitors, measured=final
+    )
+    report.print_validation(console, found.rows())
+    tracker.table("validate/table", ["measure", "figures", "says"], [list(row) for row in found.rows()], last)
+    keep(state.folder, "validate", {"rows": [list(row) for row in found.rows()], "validate": dataclasses.asdict(found)})
+    return found.statistics()
 
 
 def _sample(state: Session) -> str:
@@ -222,7 +246,7 @@ def _artifact(tracker: Tracker, state: Session, saved: Path, step: int) -> None:
 def _how_to_look(console: Console, state: Session, tracker: Tracker) -> None:
     folder = state.folder
     places = [
-        ("curves", f"{folder / 'curve.svg'}"), ("numbers", f"{folder / METRICS}, {folder / EVENTS}, {folder / 'summary.json'}"),
+        ("report", f"{folder / page.PAGE}"), ("numbers", f"{folder / METRICS}, {folder / EVENTS}, {folder / 'summary.json'}"),
         ("checkpoints", f"{folder / checkpoint.FOLDER}, the best one in {folder / checkpoint.GOLDEN}"),
         ("the model", f"runtime.load('{_newest(folder)}/model', backend='{state.config.backend.name}')"),
     ]

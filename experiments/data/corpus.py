@@ -52,15 +52,15 @@ class Corpus:
         }
 
 
-def check_path(config: DataConfig) -> None:
-    """Raise RunError unless `data.path` is None, a file, or a folder that holds a file."""
+def check_path(config: DataConfig, field: str = "data.path") -> None:
+    """Raise RunError, naming `field`, unless `path` is None, a file, or a folder that holds a file."""
     if config.path is None:
         return
     path = Path(config.path)
     if not path.exists():
-        raise RunError(f"data.path: no file or folder {path}")
+        raise RunError(f"{field}: no file or folder {path}")
     if not _files(path):
-        raise RunError(f"data.path: the folder {path} holds no file")
+        raise RunError(f"{field}: the folder {path} holds no file")
 
 
 def load(config: DataConfig) -> Corpus:

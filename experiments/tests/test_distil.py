@@ -72,7 +72,7 @@ def test_every_yaml_composes_and_says_the_defaults_of_its_schema(root: str, choi
 
 WRONG = {
     "unknown key": (["loss.width=3"], "loss.width"),
-    "wrong type": (["training.epochs=many"], "training.epochs: Value 'many'"),
+    "wrong type": (["training.epochs=many"], "training.epochs must be an integer, found many"),
     "impossible value": (["optimiser.delta_rate=0"], "optimiser.delta_rate must lie in"),
     "no loss": (["loss.hidden=0", "loss.embedding=0"], "loss.hidden and embedding must not both be 0"),
     "digest": (["teacher.package_sha256=53aa"], "teacher.package_sha256 must be 64 hexadecimal digits"),

@@ -46,7 +46,8 @@ def test_command_writes_a_row_for_each_length(saved: Path, tmp_path: Path, capsy
 def test_wrong_input_is_one_line(
     overrides: list[str], message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evaluate", "task=documents", f"model={saved}", "backend=torch", f"run_dir={tmp_path / 'run'}", *overrides]
+    model = [] if any(override.startswith("model=") for override in overrides) else [f"model={saved}"]
+    arguments = ["evaluate", "task=documents", *model, "backend=torch", f"run_dir={tmp_path / 'run'}", *overrides]
     try:
         status = cli.main(arguments)
     except SystemExit as stop:

@@ -46,7 +46,8 @@ def test_offline_run_can_be_read_and_resumed(tmp_path: Path, monkeypatch: pytest
     for name in (
         "train/loss", "train/cross_entropy", "train/state_penalty", "train/smoothness", "rate/ssm", "gradient/norm", "gradient/blocks.0.ssm.A/std",
         "state/0/ssm/norm", "state/1/wkv/largest", "gate/1", "time/tokens_per_second", "memory/peak_bytes", "final/bits_per_byte",
-        "final/trigram_bits_per_byte", "long_context/table", "long_context/plot", "train/curve", "sample",
+        "final/trigram_bits_per_byte", "long_context/table", "long_context/plot", "train/curve", "sample", "validate/table", "report", "rate/norm",
+        "data/held_out_tokens", "pathology/score", "weights/least_share", "final/perplexity",
     ):
         assert name in everything or name in inspect(first), name
     for text_found in ("sweep-7", "grounded_mamba", "torch_compiled", "data_sha256", "checkpoint"):
