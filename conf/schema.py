@@ -127,7 +127,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Batches and the loop. `stop_at` ends a run early and leaves the schedule of `steps` as it is."""
+    """Batches and the loop. `stop_at` ends a run early and leaves the schedule of `steps` as it is.
+
+    `batch_size` counts the lanes of one optimiser step; `accumulation` of n sends them through the model in n equal groups.
+    """
 
     steps: int = 2000
     stop_at: int | None = None
