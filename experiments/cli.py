@@ -74,6 +74,11 @@ def _train(config: TrainConfig, folder: Path, group: str | None) -> int:
 
         comparison.run(config, folder)
         return 0
+    if config.rate_finder.enabled:
+        from experiments import rate_finder
+
+        rate_finder.run(config, folder)
+        return 0
     from experiments import train
 
     train.run(config, folder, group=group)
@@ -81,7 +86,7 @@ def _train(config: TrainConfig, folder: Path, group: str | None) -> int:
 
 
 def _label_train(config: TrainConfig) -> str:
-    what = "compare" if config.comparison.models else config.architecture
+    what = "compare" if config.comparison.models else "rates" if config.rate_finder.enabled else config.architecture
     return f"{what}-{config.backend.name}-seed{config.seed}"
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from conf.schema import LossConfig, TrainConfig
 from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
 from experiments.steps.groups import GROUPS, group_of
+from experiments.steps.jax_forward import training
 from jax_impl.weights import flatten, torch_name
 
 Flat = dict[str, Any]
@@ -62,7 +63,8 @@ class Functions:
     @classmethod
     def of(cls, function: Any, params: Any, config: TrainConfig) -> Functions:
         """The functions for a model's functional face, its parameters' structure and the parts of the configuration that are compiled in."""
-        key = repr((function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser))
+        how = (config.training.remat, config.training.precision)
+        key = repr((function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, how))
         if key not in cls._made:
             cls._made[key] = cls(function, params, config)
         return cls._made[key]
@@ -103,7 +105,8 @@ class Functions:
         self, variables: Any, ids: Array, labels: Array, states: States, whole: dict[str, Array] | None
     ) -> tuple[Flat, dict[str, Array], States, dict[str, Any]]:
         def loss(params: Any) -> tuple[Array, Any]:
-            logits, after, aux = self.function.apply({**variables, "params": params}, ids, states, return_aux=True)
+            module = training(self.function.merge({**variables, "params": params}), self.config.training)
+            logits, after, aux = module(ids, states, return_aux=True)
             parts = loss_parts(logits, labels, after, self.config.loss, None if whole is None else Whole(**whole))
             return parts["loss"], (parts, after, aux)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from conf.schema import LossConfig, TrainConfig
 from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
 from experiments.steps.groups import GROUPS, group_of
+from experiments.steps.torch_forward import training
 
 
 def norm(x: Tensor) -> Tensor:
@@ -99,9 +100,10 @@ class TorchStep(TrainStep):
             }
 
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
-        logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
-        parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._whole)
-        parts["loss"].backward()
+        with training(self.model.module, self.config.training):
+            logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
+            parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._whole)
+            parts["loss"].backward()
         detached = [{kind: value.detach() for kind, value in state.items()} for state in states]
         return {name: part.item() for name, part in parts.items()}, detached, aux
 
