@@ -31,7 +31,7 @@ class DebugConfig:
     """
 
     overfit_batch: bool = False
-    target: float = 0.1
+    target: float = 0.05
     profile_steps: int = 0
     profile_after: int = 3
     operators: int = 15  # rows of the profiler's table
@@ -45,15 +45,15 @@ class DebugConfig:
 class RateFinderConfig:
     """A learning-rate finder in the place of training: `steps` rates from `low` to `high`, each a constant factor above the one before.
 
-    It ends where the loss, smoothed by `smoothing`, is `divergence` times above the range that it has fallen through, from the least value.
+    It ends where the loss, smoothed by `smoothing`, has risen again by the share `divergence` of what it had fallen.
     """
 
     enabled: bool = False
     low: float = 1e-5
-    high: float = 1.0
+    high: float = 10.0
     steps: int = 100
     smoothing: float = 0.8
-    divergence: float = 1.5
+    divergence: float = 0.5
 
     def __post_init__(self) -> None:
         between(self, "low", 0.0, math.inf)

@@ -29,6 +29,7 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
+from experiments import launched
 from experiments.checkpoint import newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
@@ -39,14 +40,18 @@ from runtime.build import check_backend
 USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave distil [OVERRIDE ...] [-m]
        groundwave control [OVERRIDE ...] [-m]
+       groundwave sweep FIELD=VALUES ... [OVERRIDE ...]
        groundwave evaluate task=sts path=CSV model=FOLDER|teacher [OVERRIDE ...] [-m]
        groundwave evaluate task=documents model=FOLDER [OVERRIDE ...] [-m]
        groundwave parity [OVERRIDE ...] [-m]
        groundwave compare RUN_A RUN_B [--band RUN_C ...] [--output FOLDER]
 
 train     trains a language model; any field can be set, as in model.dim=96 backend=jax training.steps=300; -m sweeps over
-          comma-separated values; experiment=compare trains several models and compares them. `groundwave train --cfg job` prints
+          comma-separated values, launcher=joblib|slurm side by side; debug=overfit_batch|three_steps|profiler|find_rate look for
+          what is wrong and for the learning rate; experiment=compare trains several models and compares them. `groundwave train --cfg job` prints
           every field, `--help` the groups.
+sweep     searches the values of fields by optuna, as in optimiser.rate='tag(log,interval(1e-3,1e-1))' model.dim=96,128 sweep.trials=20;
+          the same command with the same run_dir goes on with what is missing.
 distil    trains the sentence encoder LAM to do as a BERT-like teacher does, as in data.sentences=FILE evaluation.sts=CSV.
 control   trains the robot core WaveCore on episodes of a scripted expert and puts it into the environment, as in
           environment.name=Reacher-v5 backend=jax.
@@ -249,17 +254,23 @@ def run_root(root: str, arguments: list[str]) -> int:
     GlobalHydra.instance().clear()
     register()
 
-    statuses = [0]
+    statuses, here = [0], os.getpid()
 
     def job(config: DictConfig) -> None:
-        statuses.append(_job(config, root))
+        if os.getpid() == here:
+            statuses.append(_job(config, root))
+        else:
+            launched.run(lambda: _job(config, root))
 
+    jobs_elsewhere = launched.expected(prepared)
     saved = sys.argv
     sys.argv = [saved[0] if saved else "groundwave", *prepared]
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{MODULES[root]}", config_name=root)(job)()
     finally:
         sys.argv = saved
+    if len(statuses) == 1 and jobs_elsewhere is not None:
+        statuses += jobs_elsewhere.statuses()
     return max(statuses)
 
 
@@ -270,13 +281,21 @@ def run_compare(arguments: list[str]) -> int:
     return compare(arguments)
 
 
+def run_sweep(arguments: list[str]) -> int:
+    """`groundwave sweep`. Returns 0 if a trial gave a value, 1 if none did."""
+    from experiments.sweep import main as sweep
+
+    return sweep(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `groundwave` command. Returns the exit status."""
     # Idle threads that spin cost a shared machine ten times the run's own work; read when torch's OpenMP loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("jax").setLevel(logging.WARNING)  # JAX tells of every kind of device that is not there
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS} | {"compare": run_compare}
+    commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS}
+    commands |= {"compare": run_compare, "sweep": run_sweep}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0

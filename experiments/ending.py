@@ -51,6 +51,8 @@ class Ending:
             self._loss = result.losses["cross_entropy"]
             if self._learnt:
                 self.last = step
+                said = f"learnt by heart: cross-entropy {self._loss:.4g} is below {self._debug.target:g} nats per token"
+                self._events.add(step, "overfit_batch", said, level="notice")
 
     def validated(self, step: int, bits_per_byte: float) -> None:
         """After a validation. Where it ends the run, that is an event."""

@@ -2,13 +2,14 @@
 
 torch: RUN/profile/trace.json, from torch.profiler. JAX: RUN/profile/plugins/profile/..., from jax.profiler. Both open in ui.perfetto.dev. The
 table goes by time spent in an operator itself, without those that it calls: torch counts ATen's operators and ours, JAX the operations of the
-compiled program, which XLA has fused. RUN/profile/operators.json holds all of its rows.
+compiled program by kind, after XLA has fused them. RUN/profile/operators.json holds all of its rows.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,12 +108,15 @@ class _JaxTrace:
 
 
 def own_time(events: Sequence[Mapping[str, Any]]) -> list[Operator]:
-    """Operations of XLA in a Chrome trace (those that name their program), each without the time of those inside it on its thread."""
+    """Operations of XLA in a Chrome trace (those that name their program), each without the time of those inside it on its thread.
+
+    XLA numbers them; those of the same kind are one row.
+    """
     chosen = [event for event in events if event.get("ph") == "X" and "hlo_op" in event.get("args", {})]
     own: dict[str, tuple[int, float]] = {}
     threads: dict[tuple[Any, Any], list[tuple[float, str]]] = {}
     for event in sorted(chosen, key=lambda event: (event["ts"], -event["dur"])):
-        name, begin, length = str(event["args"]["hlo_op"]), float(event["ts"]), float(event["dur"])
+        name, begin, length = re.sub(r"(\.\d+)+$", "", str(event["args"]["hlo_op"])), float(event["ts"]), float(event["dur"])
         open_events = threads.setdefault((event["pid"], event["tid"]), [])
         while open_events and open_events[-1][0] <= begin:
             open_events.pop()

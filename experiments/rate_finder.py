@@ -4,11 +4,12 @@
     s_i    = smoothed loss, (1 - smoothing^(i + 1)) s_i = (1 - smoothing) sum_j smoothing^(i - j) loss_j
 
 The ramp ends where training diverges: at a loss, state or gradient that is not finite, or once s has risen above its least value by
-`divergence` times what it had fallen by then (by at least a tenth of the first loss, so that noise at the start is no divergence).
-Two readings of the curve, and the smaller of them is suggested, since the schedule stays near its peak for long where the ramp only passes:
+the share `divergence` of what it had fallen by then (at least by a tenth of the first loss: noise at the start is no divergence). Two readings:
 
-    steepest: the rate at which s falls fastest with log(rate), before its minimum (Smith 2017; fastai)
-    tenth:    a tenth of the rate at which it diverged, or of the last rate if it did not
+    steepest: the rate at which s falls fastest with log(rate), before its minimum (Smith 2017; fastai); it errs on the low side
+    tenth:    a tenth of the rate at which it diverged, or of the last rate if it did not; it errs on the high side
+
+The suggestion is their geometric mean where the first is below the second, else the second; where the loss never fell there is none.
 
 Nothing of the model is kept: no checkpoint is written. RUN/rate_finder.json and RUN/rate_finder.png hold the curve.
 """
@@ -41,18 +42,18 @@ _SLOPE = 5  # rates that a slope is taken over
 
 @dataclass(frozen=True)
 class Found:
-    """What a ramp says. `diverged_at`: the rate at which it ended, None if it went through; `steepest`: None where the loss never fell."""
+    """What a ramp says. `diverged_at`: the rate at which it ended, None if it went through; the others are None where the loss never fell."""
 
     steepest: float | None
     tenth: float
-    suggestion: float
+    suggestion: float | None
     diverged_at: float | None
 
 
 def run(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Ramp the rate up on the data and model of `config`, write curve and suggestion into `folder`, and return what was written.
 
-    Raises RunError where the loss did not fall at any rate, and for what a run would refuse.
+    Raises RunError where the loss fell at no rate, and for what a run would refuse.
     """
     console = Console(soft_wrap=True)
     with RunLock(folder):
@@ -78,8 +79,9 @@ def run(config: TrainConfig, folder: Path) -> dict[str, Any]:
         temporary.replace(folder / RESULT)
         picture = report.save(figure(rates[: len(losses)], losses, smoothed, found), folder / "rate_finder")
     ended = f"diverged at {found.diverged_at:.3g}" if found.diverged_at else f"did not diverge up to {rates[-1]:.3g}"
-    steepest = "never fell" if found.steepest is None else f"fell fastest at {found.steepest:.3g}"
-    console.print(f"the loss {steepest} and {ended}, a tenth of which is {found.tenth:.3g}", highlight=False)
+    if found.suggestion is None:
+        raise RunError(f"rate_finder: the loss fell at no rate from {rates[0]:.3g} to {rates[len(losses) - 1]:.3g} and {ended}; see {picture}")
+    console.print(f"the loss fell fastest at {found.steepest:.3g} and {ended}, a tenth of which is {found.tenth:.3g}", highlight=False)
     console.print(f"suggestion: optimiser.rate={found.suggestion:.2g}, configured {config.optimiser.rate:g}", highlight=False)
     console.print(f"{folder / RESULT}, {picture}", highlight=False)
     return result
@@ -128,7 +130,7 @@ def read(rates: np.ndarray, losses: Sequence[float], settings: RateFinderConfig)
         slopes = (smoothed[_SLOPE : bottom + 1] - smoothed[: bottom + 1 - _SLOPE]) / (logarithms[_SLOPE:] - logarithms[:-_SLOPE])
         steepest = float(rates[int(slopes.argmin()) + _SLOPE // 2])
     tenth = (ended or float(rates[-1])) / 10
-    return Found(steepest, tenth, tenth if steepest is None else min(steepest, tenth), ended)
+    return Found(steepest, tenth, None if steepest is None else math.sqrt(min(steepest, tenth) * tenth), ended)
 
 
 def figure(rates: np.ndarray, losses: Sequence[float], smoothed: np.ndarray, found: Found) -> Figure:

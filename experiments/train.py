@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from conf.schema import TrainConfig
-from experiments import checkpoint, report, schedule, session, trackers
+from experiments import checkpoint, report, schedule, session, settings, trackers
 from experiments.data import batches
 from experiments.data.tokens import END
 from experiments.errors import RunError
@@ -65,6 +65,7 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
                 f"{config.architecture}, {state.parameters():,} parameters, {config.backend.name} {config.backend.dtype}; "
                 f"{state.stream.tokens:,} training and {len(state.held_out):,} held-out tokens; {folder}", highlight=False,
             )
+            settings.show(console, config)
             tracker.log({"data/training_tokens": state.stream.tokens, "data/held_out_tokens": len(state.held_out)}, state.start)
             oversight = Oversight(state, tracker, console, said)
             if lock.stale:

@@ -27,8 +27,8 @@ from experiments.trackers import Tracker
 
 def ending(path: Path, patience: int | None, min_delta: float = 0.0, record: Any = None, start: int = 0) -> Ending:
     base = tiny.config()
-    stopping = EarlyStoppingConfig(patience=patience, min_delta=min_delta)
-    return Ending(replace(base, training=replace(base.training, early_stopping=stopping)), Events(path, Console(quiet=True), Tracker()), start, record)
+    training = replace(base.training, early_stopping=EarlyStoppingConfig(patience=patience, min_delta=min_delta))
+    return Ending(replace(base, training=training), Events(path, Console(quiet=True), Tracker()), start, record)
 
 
 def test_validations_that_improve_end_nothing(tmp_path: Path) -> None:
