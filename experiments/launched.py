@@ -60,5 +60,5 @@ def run(job: Callable[[], int]) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     temporary = folder / f".{STATUS}"
-    temporary.write_text(json.dumps({"status": status}) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps({"status": status, "pid": os.getpid()}) + "\n", encoding="utf-8")
     os.replace(temporary, folder / STATUS)

@@ -91,12 +91,12 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
         bar = progress.add_task("training", total=last, completed=state.start, figures="")
         window_tokens, window_seconds = 0, 0.0
         for done in range(state.start + 1, last + 1):
-            started = time.perf_counter()
             details = done % config.training.monitor_every == 0
             rates = schedule.rates(done, config.training.steps, config.optimiser)
             with profiler.around(done):
+                started = time.perf_counter()
                 result, rates = oversight.step(state.stream.batch(done - 1), rates, done, details=details)
-            elapsed = time.perf_counter() - started
+                elapsed = time.perf_counter() - started
             seconds, window_seconds, window_tokens = seconds + elapsed, window_seconds + elapsed, window_tokens + _tokens(config)
             logged = done % config.training.log_every == 0 or done == last
             values: dict[str, float] = _figures(result, rates) if logged or details else {}
