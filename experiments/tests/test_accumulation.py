@@ -1,4 +1,7 @@
-"""Accumulation: a batch that goes through in groups trains as it does in one piece, whatever is ignored in which group."""
+"""Accumulation: a batch that goes through in groups trains as it does in one piece, whatever is ignored in which group.
+
+In JAX with blocks that are computed again, which spares a test of their numbers a compilation.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ STEPS = 5
 def settings(backend: str, accumulation: int, architecture: str = "grounded_mamba") -> TrainConfig:
     """With every part of the loss; without a bank, which takes the rows of the last group."""
     base = tiny.gru(backend) if architecture == "gru" else tiny.config(backend, model=replace(tiny.config().model, memory_size=0, depth=1))
-    return replace(base, training=replace(base.training, batch_size=6, accumulation=accumulation))
+    return replace(base, training=replace(base.training, batch_size=6, accumulation=accumulation, remat=backend == "jax"))
 
 
 def train(config: TrainConfig) -> tuple[TrainStep, list[StepResult]]:

@@ -7,12 +7,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from conf.debug_schema import DebugConfig, RateFinderConfig
+from conf.schema import TrainConfig
 from experiments import cli, rate_finder, report, train
 from experiments.errors import RunError
 from experiments.profiling import Operator, own_time, table
@@ -30,6 +32,13 @@ SMALL = [
 
 def arguments(text: Path, debug: str, *more: str) -> list[str]:
     return [f"debug={debug}", f"data.path={text}", "data.validation_fraction=0.3", "backend=torch_compiled", "tracker=none", *SMALL, *more]
+
+
+def run_of(backend: str, text: Path, **sections: Any) -> TrainConfig:
+    """A short run; in JAX of a GRU, which compiles in seconds."""
+    if backend == "jax":
+        sections |= {"architecture": "gru", "model": replace(tiny.gru().model, depth=1), "loss": tiny.gru().loss}
+    return settings(backend, text, **sections)
 
 
 def test_one_batch_is_learnt_by_heart(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +69,7 @@ def test_three_steps_of_the_configured_run(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch_compiled", "jax"])
 def test_profiler_names_what_takes_the_time(backend: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = settings(backend, text, debug=DebugConfig(profile_steps=2, profile_after=1, operators=4))
+    config = run_of(backend, text, debug=DebugConfig(profile_steps=2, profile_after=1, operators=4))
     train.run(replace(config, training=replace(config.training, stop_at=4)), tmp_path)
     operators = json.loads((tmp_path / "profile" / "operators.json").read_text())
     names = [operator["name"] for operator in operators]
@@ -125,7 +134,7 @@ def test_noise_is_neither_a_fall_nor_a_divergence() -> None:
 
 @pytest.mark.parametrize("backend", ["torch_compiled", "jax"])
 def test_finder_on_a_model(backend: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    config = settings(backend, text, rate_finder=RateFinderConfig(enabled=True, low=1e-4, high=100.0, steps=40))
+    config = run_of(backend, text, rate_finder=RateFinderConfig(enabled=True, low=1e-4, high=100.0, steps=40))
     given: list[dict[str, float]] = []
     original = rate_finder.by_group
     monkeypatch.setattr(rate_finder, "by_group", lambda rate, optimiser: given.append(original(rate, optimiser)) or given[-1])

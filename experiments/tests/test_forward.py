@@ -32,6 +32,11 @@ def train(settings: TrainConfig, steps: int, arrays: dict[str, np.ndarray] | Non
     ]
 
 
+def step_of(settings: TrainConfig) -> StepResult:
+    """The first step of a model of one block."""
+    return train(replace(settings, model=replace(settings.model, depth=1)), 1)[1][0]
+
+
 def held(step: TrainStep) -> dict[str, np.ndarray]:
     return step.arrays() | step.optimiser_arrays() | step.carried()
 
@@ -46,13 +51,6 @@ def test_blocks_computed_again_change_no_bit_in_torch(backend: str, architecture
     again, _ = train(config(backend, architecture=architecture, remat=True), 12, arrays)
     assert difference(held(again), held(plain)) == {}
     assert not any("forward" in vars(module) for module in again.module.modules())  # nothing is left on the layers
-
-
-def test_blocks_computed_again_change_only_rounding_in_jax() -> None:
-    """XLA fuses the two programs differently."""
-    plain, _ = train(config("jax", "float64", "gru"), 5)
-    again, _ = train(config("jax", "float64", "gru", remat=True), 5)
-    assert max(difference(held(again), held(plain)).values(), default=0.0) < 1e-12
 
 
 def test_torch_keeps_less() -> None:
@@ -128,7 +126,7 @@ def test_only_linear_layers_of_the_blocks_are_rounded(monkeypatch: pytest.Monkey
 def test_frameworks_round_alike() -> None:
     """The first step in both: a hundred times nearer to each other than either is to float32."""
     exact, torch_step, jax_step = (
-        train(config(backend, architecture="transformer", precision=precision), 1)[1][0]
+        step_of(config(backend, architecture="transformer", precision=precision))
         for backend, precision in (("torch", "full"), ("torch", "bfloat16"), ("jax", "bfloat16"))
     )
     parts = {}

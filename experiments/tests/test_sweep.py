@@ -125,30 +125,24 @@ def test_values_become_distributions() -> None:
     }
 
 
-def swept(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.train", "-m", *arguments], cwd=TREE, check=False, timeout=300, capture_output=True, text=True
-    )
-
-
 def test_joblib_runs_jobs_side_by_side_and_the_worst_status_counts(text: Path, tmp_path: Path) -> None:
     """Two jobs of three steps in two processes, one of which fails."""
     plugin("hydra_joblib_launcher")
     common = [*SHORT, "backend=torch", f"data.path={text}", "launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = swept([*common, f"run_dir={tmp_path}/sweep", "recovery.enabled=false", "optimiser.rate=1e-3,1e30"])
-    assert done.returncode == 2 and "not finite at step" in done.stderr + done.stdout, done.stderr
-    statuses = sorted(json.loads(path.read_text())["status"] for path in tmp_path.glob("sweep/*/status.json"))
-    assert statuses == [0, 2] and len(list(tmp_path.glob("sweep/*/summary.json"))) == 1
-    machines = [json.loads(path.read_text())["pid"] for path in tmp_path.glob("sweep/*/status.json")]
-    assert os.getpid() not in machines
+    try:
+        assert cli.main(["train", "-m", *common, f"run_dir={tmp_path}", "recovery.enabled=false", "optimiser.rate=1e-3,1e30"]) == 2
+    finally:
+        pytest.importorskip("joblib").externals.loky.get_reusable_executor().shutdown(wait=True)
+    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"*/{launched.STATUS}"))]
+    assert [each["status"] for each in found] == [0, 2] and len({os.getpid(), *(each["pid"] for each in found)}) == 3
+    assert [path.parent.name[0] for path in tmp_path.glob("*/summary.json")] == ["0"]
 
 
 def test_submitit_runs_a_job_in_a_process_of_its_own(text: Path, tmp_path: Path) -> None:
     plugin("hydra_submitit_launcher")
-    done = swept([*SHORT, "backend=torch", f"data.path={text}", "launcher=submitit", f"run_dir={tmp_path}/sweep", "seed=4"])
-    assert done.returncode == 0, done.stderr
-    (status,) = tmp_path.glob("sweep/*-seed4/status.json")
-    assert json.loads(status.read_text())["status"] == 0 and list(tmp_path.glob("sweep/.submitit/*/*_result.pkl"))
+    assert cli.main(["train", "-m", *SHORT, "backend=torch", f"data.path={text}", "launcher=submitit", f"run_dir={tmp_path}", "seed=4"]) == 0
+    (status,) = tmp_path.glob(f"*-seed4/{launched.STATUS}")
+    assert json.loads(status.read_text())["pid"] != os.getpid() and list(tmp_path.glob(".submitit/*/*_result.pkl"))
 
 
 def test_slurm_is_asked_for_what_is_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
