@@ -6,6 +6,7 @@ are never reached, because each job of a run or sweep is composed here first, by
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -86,7 +87,7 @@ def _train(config: TrainConfig, folder: Path, group: str | None) -> int:
         return 0
     from experiments import train
 
-    train.run(config, folder, group=group)
+    train.run(dataclasses.replace(config, resume="auto") if launched.restarted() else config, folder, group=group)
     return 0
 
 

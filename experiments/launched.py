@@ -51,6 +51,11 @@ def expected(arguments: Sequence[str]) -> Expected | None:
     return Expected(folder, len(jobs(parsed.overrides)))
 
 
+def restarted() -> bool:
+    """Whether SLURM runs this job again, which it stopped before: what the job left is its own."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def run(job: Callable[[], int]) -> None:
     """Run a job in this process, which is not the command's, and write its status. A job that fails does not end the others."""
     folder = Path(HydraConfig.get().runtime.output_dir)

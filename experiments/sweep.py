@@ -2,10 +2,11 @@
 
     groundwave sweep optimiser.rate='tag(log,interval(1e-3,1e-1))' model.dim=96,128 training.steps=300 sweep.trials=20 run_dir=runs/rates
 
-Values are Hydra's own: `a,b,c` and `choice(...)` choose, `range(...)` counts, `interval(low,high)` draws real numbers, or whole ones between
-whole ends; `tag(log,...)` draws them by their logarithm. Validation bits per byte are minimised. One folder for each trial, all in one group of
-the tracker. RUN/journal.log is optuna's; a trial counts once its value is in it. One that was killed goes on from its own newest checkpoint, and
-the sampler's random numbers are a function of sweep.seed and the trial's number, so that a stopped sweep tries what an uninterrupted one tries.
+Values are Hydra's own: `a,b,c` and `choice(...)` choose, `range(...)` counts, `interval(low,high)` draws real numbers and
+`int(interval(low,high))` whole ones; `tag(log,...)` draws them by their logarithm. Validation bits per byte are minimised. Each trial has a
+folder of its own, all are in one group of the tracker. RUN/journal.log is optuna's; a trial counts once its value is in it. One that was killed
+goes on from its own newest checkpoint, and the sampler's random numbers are a function of sweep.seed and the trial's number, so that a sweep
+that was stopped tries what an uninterrupted one tries.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
@@ -112,7 +113,7 @@ def _distribution(item: Override) -> Any:
             raise RunError(f"{name}: interval({low},{high}) must grow{', from above zero for its logarithm' if log else ''}")
         whole = isinstance(low, int) and isinstance(high, int)
         return distributions.IntDistribution(low, high, log=log) if whole else distributions.FloatDistribution(float(low), float(high), log=log)
-    if item.is_choice_sweep() or item.is_range_sweep():
+    if item.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP):
         return distributions.CategoricalDistribution(list(item.sweep_string_iterator()))
     raise RunError(f"{name}: must be a,b,c or choice, range or interval, found {item.input_line}")
 

@@ -99,7 +99,7 @@ def test_trial_that_fails_ends_no_sweep(text: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["training.steps=3"], "sweep: no field has several values"),
-    (["optimiser.rate=interval(2,1)"], "optimiser.rate: interval(2,1) must grow"),
+    (["optimiser.rate=interval(2,1)"], "optimiser.rate: interval(2.0,1.0) must grow"),
     (["optimiser.rate=tag(log,interval(0.0,1.0))"], "must grow, from above zero for its logarithm"),
     (["model.width=1,2"], "model.width"),
     (["model.dim=97,98"], "model.dim must be divisible by rwkv_heads, found dim=97"),
@@ -116,12 +116,12 @@ def test_impossible_sweep_is_one_line(overrides: list[str], message: str, tmp_pa
 def test_values_become_distributions() -> None:
     distributions = pytest.importorskip("optuna", reason=WITH_OPTUNA).distributions
     space, fixed = sweep.searched([
-        "a=interval(1,8)", "b=interval(0.5,2)", "c=tag(log,interval(1e-3,1))", "d=choice(x,y)", "e=range(1,4)", "f=3", "g=true,false",
+        "a=int(interval(1,8))", "b=interval(0.5,2)", "c=tag(log,interval(1e-3,1))", "d=choice(x,y)", "e=range(1,4)", "f=3", "g=true,false",
     ])
     assert fixed == ["f=3"] and space == {
         "a": distributions.IntDistribution(1, 8), "b": distributions.FloatDistribution(0.5, 2.0),
         "c": distributions.FloatDistribution(1e-3, 1.0, log=True), "d": distributions.CategoricalDistribution(["x", "y"]),
-        "e": distributions.CategoricalDistribution(["1", "2", "3"]), "g": distributions.CategoricalDistribution(["true", "false"]),
+        "e": distributions.CategoricalDistribution(["1", "2", "3"]), "g": distributions.CategoricalDistribution(["True", "False"]),
     }
 
 
@@ -151,10 +151,9 @@ def test_slurm_is_asked_for_what_is_configured(tmp_path: Path, monkeypatch: pyte
     submitit = pytest.importorskip("submitit")
     GlobalHydra.instance().clear()
     register()
-    chosen = ["launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=2", "hydra.launcher.timeout_min=90"]
+    chosen = ["run_dir=runs/a", "launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=2", "hydra.launcher.timeout_min=90"]
     with initialize_config_module(config_module="conf", version_base="1.3"):
         composed = compose("train", overrides=[*chosen, "hydra.launcher.setup=['module load python']"], return_hydra_config=True)
-    assert composed.resume == "auto"
     launcher = composed.hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout == 8
     (tmp_path / "srun").write_text("#!/bin/sh\n")
@@ -172,6 +171,18 @@ def test_slurm_is_asked_for_what_is_configured(tmp_path: Path, monkeypatch: pyte
     ):
         assert expected in lines, (expected, lines)
     assert any(line.startswith("srun ") and line.endswith("python -m job") for line in lines)
+
+
+def test_job_that_slurm_runs_again_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*SHORT, f"data.path={text}", f"run_dir={tmp_path}"]
+    assert cli.main(["train", *given, "training.stop_at=2"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["train", *given])
+    assert "already holds checkpoints" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert cli.main(["train", *given]) == 0
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.step == 3
 
 
 def test_jobs_that_left_no_status_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
