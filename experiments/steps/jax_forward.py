@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -27,6 +28,11 @@ def projected(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array
     """`lax.dot_general` with its product in bfloat16; x and y in float32."""
     y = lax.dot_general(rounded(x).astype(jnp.bfloat16), rounded(kernel).astype(jnp.bfloat16), dimensions, **options)
     return rounded(y.astype(x.dtype))
+
+
+def options(config: TrainingConfig) -> dict[str, str] | None:
+    """What XLA has to be told: its scheduler for CPUs looks for parallel work first, and computes blocks again before anything is freed."""
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if config.remat and jax.default_backend() == "cpu" else None
 
 
 def training(module: Any, config: TrainingConfig) -> Any:

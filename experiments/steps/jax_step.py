@@ -18,7 +18,7 @@ from jax import Array
 from conf.schema import LossConfig, TrainConfig
 from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
 from experiments.steps.groups import GROUPS, group_of
-from experiments.steps.jax_forward import training
+from experiments.steps.jax_forward import options, training
 from jax_impl.weights import flatten, torch_name
 
 Flat = dict[str, Any]
@@ -83,7 +83,7 @@ class Functions:
             },
             {name: group_of(name) for name in self.paths},
         )
-        self.gradient = jax.jit(self._gradient)
+        self.gradient = jax.jit(self._gradient, compiler_options=options(config.training))
         self.update = jax.jit(self._update)
         self.norm = jax.jit(self._norm)
         self.update_memory = jax.jit(function.update_memory) if hasattr(function, "update_memory") else None

@@ -73,10 +73,10 @@ def test_torch_keeps_less() -> None:
 
 
 def test_jax_keeps_less() -> None:
-    """Temporary memory of the compiled gradient, of four blocks that are not tiny beside their inputs."""
+    """Temporary memory of the compiled gradient, of four blocks, of a GRU."""
     sizes = {}
     for remat in (False, True):
-        settings = config("jax", architecture="transformer", remat=remat, context=64)
+        settings = config("jax", architecture="gru", remat=remat, context=64)
         settings = replace(settings, model=replace(settings.model, depth=4))
         step, stream = build(settings), tiny.stream(settings)
         batch = stream.batch(0)
