@@ -12,6 +12,7 @@ from typing import Any
 
 from conf.baselines import GruConfig, TransformerConfig
 from conf.comparison_schema import ComparisonConfig
+from conf.debug_schema import DebugConfig, EarlyStoppingConfig, RateFinderConfig, SweepConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
 MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig}
@@ -24,6 +25,7 @@ STATE_KINDS = {"grounded_mamba": ("ssm", "wkv"), "deltanet_lm": ("S",), "transfo
 TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
 ARTIFACTS = ("none", "final", "all")
+PRECISIONS = ("full", "bfloat16")
 UNFREEZE = ("none", "soft_reset", "selective_reinit", "gradient_injection")
 
 
@@ -127,19 +129,27 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Batches and the loop. `stop_at` ends a run early and leaves the schedule of `steps` as it is."""
+    """Batches and the loop. `stop_at` ends a run early and leaves the schedule of `steps` as it is.
+
+    `batch_size` counts the lanes of one optimiser step; `accumulation` of n sends them through the model in n equal groups. `remat` computes
+    every block again in the backward pass instead of keeping what it computed. `precision` is that of the products of linear layers in training.
+    """
 
     steps: int = 2000
     stop_at: int | None = None
     batch_size: int = 8
     context: int = 128
     accumulation: int = 1
+    remat: bool = False
+    precision: str = "full"
     carry_states: bool = True
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     log_every: int = 10
     monitor_every: int = 50
 
     def __post_init__(self) -> None:
         whole(self, steps=1, batch_size=1, context=2, accumulation=1, log_every=1, monitor_every=1)
+        choice(self, "precision", PRECISIONS)
         if self.stop_at is not None:
             whole(self, stop_at=1)
         if self.batch_size % self.accumulation:
@@ -313,6 +323,9 @@ class TrainConfig:
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    rate_finder: RateFinderConfig = field(default_factory=RateFinderConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         choice(self, "architecture", tuple(MODELS))
@@ -323,6 +336,11 @@ class TrainConfig:
                 f"loss.state_penalty of {self.architecture} may name {', '.join(STATE_KINDS[self.architecture]) or 'nothing'}, "
                 f"found {list(self.loss.state_penalty)}"
             )
+        if self.training.precision == "bfloat16":
+            if self.backend.dtype != "float32":
+                raise ValueError(f"training.precision=bfloat16 keeps parameters and states in float32, found backend.dtype={self.backend.dtype}")
+            if self.architecture == "gru":
+                raise ValueError("training.precision=bfloat16 is for products outside a recurrence, of which gru has none but the head")
         if self.model.vocab_size < self.data.vocab_size:
             raise ValueError(
                 f"model.vocab_size must be at least data.vocab_size, found model.vocab_size={self.model.vocab_size} "

@@ -37,7 +37,8 @@ _TRAINING = "training.safetensors"
 # Fields that do not change what is computed: a run may be resumed with others.
 _FREE = {
     "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "comparison", "data.cache_dir", "backend.threads",
-    "training.stop_at", "training.log_every", "training.monitor_every", "monitors",
+    "training.stop_at", "training.log_every", "training.monitor_every", "training.early_stopping", "monitors", "rate_finder", "sweep",
+    "debug.target", "debug.profile_steps", "debug.profile_after", "debug.operators",
 }
 
 

@@ -6,6 +6,7 @@ are never reached, because each job of a run or sweep is composed here first, by
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -29,7 +30,7 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
-from experiments import refusals
+from experiments import launched, refusals
 from experiments.checkpoint import check_run, newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
@@ -40,6 +41,7 @@ from runtime.build import check_backend
 USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave distil [OVERRIDE ...] [-m]
        groundwave control [OVERRIDE ...] [-m]
+       groundwave sweep FIELD=VALUES ... [OVERRIDE ...]
        groundwave evaluate task=sts path=CSV model=FOLDER|teacher [OVERRIDE ...] [-m]
        groundwave evaluate task=documents model=FOLDER [OVERRIDE ...] [-m]
        groundwave evaluate task=validate|checklist|long_context model=RUN [OVERRIDE ...] [-m]
@@ -49,8 +51,11 @@ USAGE = """usage: groundwave train [OVERRIDE ...] [-m]
        groundwave review [FOLDER ...]
 
 train     trains a language model; any field can be set, as in model.dim=96 backend=jax training.steps=300; -m sweeps over
-          comma-separated values; experiment=compare trains several models and compares them. `groundwave train --cfg job` prints
+          comma-separated values, launcher=joblib|slurm side by side; debug=overfit_batch|three_steps|profiler|find_rate look for
+          what is wrong and for the learning rate; experiment=compare trains several models and compares them. `groundwave train --cfg job` prints
           every field, `--help` the groups.
+sweep     searches the values of fields by optuna, as in optimiser.rate='tag(log,interval(1e-3,1e-1))' model.dim=96,128 sweep.trials=20;
+          the same command with the same run_dir goes on with what is missing.
 distil    trains the sentence encoder LAM to do as a BERT-like teacher does, as in data.sentences=FILE evaluation.sts=CSV.
 control   trains the robot core WaveCore on episodes of a scripted expert and puts it into the environment, as in
           environment.name=Reacher-v5 backend=jax.
@@ -82,14 +87,19 @@ def _train(config: TrainConfig, folder: Path, group: str | None) -> int:
 
         comparison.run(config, folder)
         return 0
+    if config.rate_finder.enabled:
+        from experiments import rate_finder
+
+        rate_finder.run(config, folder)
+        return 0
     from experiments import train
 
-    train.run(config, folder, group=group)
+    train.run(dataclasses.replace(config, resume="auto") if launched.restarted() else config, folder, group=group)
     return 0
 
 
 def _label_train(config: TrainConfig) -> str:
-    what = "compare" if config.comparison.models else config.architecture
+    what = "compare" if config.comparison.models else "rates" if config.rate_finder.enabled else config.architecture
     return f"{what}-{config.backend.name}-seed{config.seed}"
 
 
@@ -257,17 +267,23 @@ def run_root(root: str, arguments: list[str]) -> int:
     GlobalHydra.instance().clear()
     register()
 
-    statuses = [0]
+    statuses, here = [0], os.getpid()
 
     def job(config: DictConfig) -> None:
-        statuses.append(_job(config, root))
+        if os.getpid() == here:
+            statuses.append(_job(config, root))
+        else:
+            launched.run(lambda: _job(config, root))
 
+    jobs_elsewhere = launched.expected(prepared)
     saved = sys.argv
     sys.argv = [saved[0] if saved else "groundwave", *prepared]
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{MODULES[root]}", config_name=root)(job)()
     finally:
         sys.argv = saved
+    if len(statuses) == 1 and jobs_elsewhere is not None:
+        statuses += jobs_elsewhere.statuses()
     return max(statuses)
 
 
@@ -292,6 +308,13 @@ def run_review(arguments: list[str]) -> int:
     return review(arguments)
 
 
+def run_sweep(arguments: list[str]) -> int:
+    """`groundwave sweep`. Returns 0 if a trial gave a value, 1 if none did."""
+    from experiments.sweep import main as sweep
+
+    return sweep(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `groundwave` command. Returns the exit status."""
     # Idle threads that spin cost a shared machine ten times the run's own work; read when torch's OpenMP loads.
@@ -299,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("jax").setLevel(logging.WARNING)  # JAX tells of every kind of device that is not there
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS} | {
-        "compare": run_compare, "report": run_report, "review": run_review,
+        "compare": run_compare, "report": run_report, "review": run_review, "sweep": run_sweep,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -128,7 +128,8 @@ def composed(overrides: list[str], root: str = "train") -> DictConfig:
         with initialize_config_module(config_module=MODULES[root], version_base="1.3"):
             return compose(root, overrides=overrides)
     except _COMPOSE_ERRORS as error:
-        raise RunError(refusals.sentence(error, overrides, root) or one_line(error)) from error
+        missing = "; pip install 'groundwave[sweep]'" if "hydra/launcher/" in str(error) else ""
+        raise RunError((refusals.sentence(error, overrides, root) or one_line(error)) + missing) from error
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:

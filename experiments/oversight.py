@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments import checkpoint, session, unfreeze
 from experiments.data.batches import Batch
+from experiments.ending import Ending
 from experiments.errors import RunError
 from experiments.events import Events
 from experiments.monitors import weights
@@ -34,6 +35,7 @@ class Oversight:
         recovery = before.get("recovery", {})
         self.events = Events(state.folder, console, tracker, recovery.get("events"))
         self.recovery = Recovery(state.config.recovery, self.events, recovery)
+        self.ending = Ending(state.config, self.events, state.start, before.get("ending"))
         self.watch = Watch(state.config.monitors, before.get("monitors"), state.monitors)
         for note in state.notes:
             self.events.add(state.start, "checkpoint_passed_over", note, counted=False)
@@ -51,6 +53,7 @@ class Oversight:
             self.recovery.after(result, number, partial(session.roll_back, state))
         else:
             _check(result, number)
+        self.ending.stepped(number, result)
         return result, rates
 
     def hear(self, number: int) -> None:
@@ -96,7 +99,8 @@ class Oversight:
             self.recovery.broken(number, f"the last step was skipped and held-out text has loss {nats}", partial(session.roll_back, self._state))
 
     def validated(self, number: int, bits_per_byte: float) -> None:
-        """A validation during training that is not finite means that the present state is of no use: go back."""
+        """A validation during training that is not finite means that the present state is of no use: go back. Others may end the run."""
+        self.ending.validated(number, bits_per_byte)
         if self._state.config.recovery.enabled and not math.isfinite(bits_per_byte):
             self.recovery.broken(number, f"validation is {bits_per_byte} bits per byte", partial(session.roll_back, self._state))
 
@@ -115,11 +119,14 @@ class Oversight:
 
     def summary(self) -> dict[str, Any]:
         """What the run's summary says of all this."""
-        return {"events": dict(sorted(self.events.counts.items())), "rate_factor": self.recovery.factor}
+        return {"events": dict(sorted(self.events.counts.items())), "rate_factor": self.recovery.factor, "stopped_early": self.ending.early}
 
     def _description(self, good: bool) -> dict[str, Any]:
         record = self.recovery.record() | {"events": self.events.counts}
-        return {"tracker_id": self._tracker.run_id, "good": good, "recovery": record, "monitors": self.watch.record(), "arrays": self.watch.arrays()}
+        return {
+            "tracker_id": self._tracker.run_id, "good": good, "recovery": record, "ending": self.ending.record(), "monitors": self.watch.record(),
+            "arrays": self.watch.arrays(),
+        }
 
     def _report(self, found: list[Finding], number: int) -> None:
         for finding in found:

@@ -57,7 +57,8 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise RunError(f"model.vocab_size: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}")
     training = config.training
-    stream = batches.Stream(batches.encode(text.training, tokenizer), training.batch_size, training.context, config.seed)
+    kind = batches.OneBatch if config.debug.overfit_batch else batches.Stream
+    stream = kind(batches.encode(text.training, tokenizer), training.batch_size, training.context, config.seed)
     held_out = batches.held_out(batches.encode(text.validation, tokenizer))
     try:
         model = runtime.build(

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from conf.schema import TrainConfig
-from experiments import checkpoint, page, report, schedule, session, trackers
+from experiments import checkpoint, page, report, schedule, session, settings, trackers
 from experiments.data import batches
 from experiments.data.tokens import END
 from experiments.errors import RunError
@@ -33,6 +33,7 @@ from experiments.monitors.memory import peak_bytes
 from experiments.ngram import Trigram
 from experiments.opened import keep
 from experiments.oversight import Oversight
+from experiments.profiling import Profiler
 from experiments.session import Session
 from experiments.steps.base import StepResult
 from experiments.tasks import long_context
@@ -68,13 +69,15 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
                 f"{config.architecture}, {state.parameters():,} parameters, {config.backend.name} {config.backend.dtype}; "
                 f"{state.stream.tokens:,} training and {len(state.held_out):,} held-out tokens; {folder}", highlight=False,
             )
+            settings.show(console, config)
             tracker.log({"data/training_tokens": state.stream.tokens, "data/held_out_tokens": len(state.held_out)}, state.start)
             oversight = Oversight(state, tracker, console, said)
             if lock.stale:
                 oversight.events.add(state.start, "lock", lock.stale, counted=False)
             seconds = _loop(state, oversight, tracker, console)
+            oversight.ending.check()
             summary = _conclude(state, oversight, tracker, console, seconds)
-            oversight.hear(config.training.last_step)
+            oversight.hear(oversight.ending.last)
         finally:
             tracker.finish()
     _how_to_look(console, state, tracker)
@@ -83,20 +86,21 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
 
 def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Console) -> float:
     """Train to the last step; the seconds of training, those before a resume included."""
-    config, last = state.config, state.config.training.last_step
+    config, last = state.config, oversight.ending.last
     lanes = batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size)
     seconds, saved = state.seconds, None
-    live = console.is_terminal
+    live, profiler = console.is_terminal, Profiler(config, state.folder, console, state.start)
     stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
     with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
         bar = progress.add_task("training", total=last, completed=state.start, figures="")
         window_tokens, window_seconds = 0, 0.0
         for done in range(state.start + 1, last + 1):
-            started = time.perf_counter()
             details = done % config.training.monitor_every == 0
             rates = schedule.rates(done, config.training.steps, config.optimiser)
-            result, rates = oversight.step(state.stream.batch(done - 1), rates, done, details=details)
-            elapsed = time.perf_counter() - started
+            with profiler.around(done):
+                started = time.perf_counter()
+                result, rates = oversight.step(state.stream.batch(done - 1), rates, done, details=details)
+                elapsed = time.perf_counter() - started
             seconds, window_seconds, window_tokens = seconds + elapsed, window_seconds + elapsed, window_tokens + _tokens(config)
             logged = done % config.training.log_every == 0 or done == last
             values: dict[str, float] = _figures(result, rates) if logged or details else {}
@@ -111,6 +115,7 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
                 oversight.validated(done, found.bits_per_byte)
                 values |= oversight.drift(done)
                 oversight.golden(done, seconds, found.bits_per_byte)
+            last = oversight.ending.last
             if values:
                 log(metrics, tracker, done, values)
             if logged:
@@ -127,6 +132,8 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
                 saved = oversight.save(done, seconds, last=done == last) or saved
                 if saved and config.tracker.artifacts == "all" and done < last:
                     _artifact(tracker, state, saved, done)
+            if done == last:
+                break
     if saved and config.tracker.artifacts != "none":
         _artifact(tracker, state, saved, last)
     return seconds
@@ -134,7 +141,7 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
 
 def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: Console, seconds: float) -> dict[str, Any]:
     """Final validation, trigram, long context, sample, pictures and summary."""
-    config, folder, last = state.config, state.folder, state.config.training.last_step
+    config, folder, last = state.config, state.folder, oversight.ending.last
     peak = peak_bytes()
     lanes = batches.lanes(state.held_out, config.evaluation.final_tokens, config.evaluation.batch_size)
     final = _validate(state, lanes)

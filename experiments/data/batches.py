@@ -83,6 +83,16 @@ class Stream:
         return runs
 
 
+class OneBatch(Stream):
+    """The first batch of a stream at every step, from fresh states."""
+
+    def batch(self, step: int) -> Batch:
+        return super().batch(0)
+
+    def seen(self, steps: int) -> list[np.ndarray]:
+        return super().seen(min(steps, 1))
+
+
 def joined(documents: list[np.ndarray]) -> np.ndarray:
     """END d_1 END d_2 END ... (n,) int32."""
     end = np.array([END], dtype=np.int32)

@@ -3,8 +3,17 @@
     loss = cross-entropy (labels of -100 ignored) + state_weight * sum over layers and kinds of (mean |state| - state_norm)^2
            + smooth_weight * mean |logits_t - logits_{t-1}|
 
-Norms run along the last axis and means over the rest; their gradient at zero is zero. With accumulation the rows of a batch are
-taken in groups, each with its own carried states, so the gradient is that of the whole batch up to the square in the penalty.
+Norms run along the last axis and means over the rest; their gradient at zero is zero.
+
+A batch is what one optimiser step sees: `training.batch_size` lanes of `training.context` tokens. With `training.accumulation` = n its lanes
+go through the model in n groups (micro-batches), each with the carried states of its lanes. Every mean stays one over the whole batch, so
+that groups change no loss and no gradient: cross-entropy is divided by the labels of the whole batch that are not ignored; and the square
+of the penalty, which does not split, is taken to first order about the mean norm m of the whole batch,
+
+    (m - target)^2 = sum over groups of share * ((m - target)^2 + 2 (m - target) (m_group - m)),
+
+exact in value and in gradient. A forward pass without gradients, before the others, gives m. Alone the memory bank knows of groups: its
+rows are those of the last one.
 Letters: B batch, L length, V vocabulary, N state.
 """
 
@@ -29,6 +38,15 @@ States = list[dict[str, Any]]
 Gradients = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What a group of rows has to know of the whole batch: its labels that count, the group's share of rows, mean norms of states."""
+
+    tokens: int
+    share: float
+    norms: np.ndarray  # by layer, then by kind as `loss.state_penalty` names them; empty without a penalty
+
+
 @dataclass
 class StepResult:
     """What a step measured: the parts of the loss, weighted as they enter it, the gradient's norm before clipping, and details on request."""
@@ -50,6 +68,7 @@ class TrainStep(ABC):
         self.model, self.config = model, config
         self.steps_done = 0
         self.states: States | None = None
+        self._whole: Whole | None = None  # of the batch at hand, where it goes through in groups
         size = config.training.batch_size
         self._order = np.random.default_rng([config.seed, 1]).permutation(size) if config.data.permute_rows else None
 
@@ -69,11 +88,12 @@ class TrainStep(ABC):
             ids, labels, states = ids[self._order], labels[self._order], self._rows(before, self._order)
         groups = self.config.training.accumulation
         rows = np.array_split(np.arange(len(ids)), groups)
+        self._whole = self._measured(ids, labels, states, rows) if groups > 1 else None
         outcomes = [self._accumulate(ids[chosen], labels[chosen], states if groups == 1 else self._rows(states, chosen)) for chosen in rows]
         parts, afters, auxes = zip(*outcomes, strict=True)
         after = afters[0] if groups == 1 else self._joined(afters)
         aux = auxes[-1]
-        losses = {name: float(np.mean([part[name] for part in parts])) for name in PARTS}
+        losses = {name: float(np.sum([part[name] for part in parts])) for name in PARTS}
         result = StepResult(losses, math.nan, np.asarray(self._numpy(aux.get("gate", ())), dtype=np.float64))
         if inject is not None:
             self._add(inject(self._gradients()))
@@ -94,6 +114,15 @@ class TrainStep(ABC):
         if details:
             result.states, result.ssm_states = self._numpy(self.states), self._numpy(aux.get("ssm_states", []))
         return result
+
+    def _measured(self, ids: np.ndarray, labels: np.ndarray, states: States, rows: list[np.ndarray]) -> Whole:
+        """What groups of equal size, the rows `rows`, need of their batch."""
+        settings, norms = self.config.loss, []
+        if settings.state_weight and settings.state_penalty:
+            for chosen in rows:
+                _, after = self.evaluate(ids[chosen], labels[chosen], self._rows(states, chosen))
+                norms.append([np.linalg.norm(state[kind], axis=-1).mean() for state in self._numpy(after) for kind in settings.state_penalty])
+        return Whole(max(int((labels != IGNORED).sum()), 1), 1 / len(rows), np.mean(norms, axis=0) if norms else np.zeros(0))
 
     def _guard(self, result: StepResult, after: States) -> None:
         """Say in `result` why the step must not be applied, or clean its gradient."""
@@ -174,7 +203,7 @@ class TrainStep(ABC):
 
     @abstractmethod
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
-        """Add this group's share of the gradient; the loss parts, the states after it and the model's aux."""
+        """Add this group's share of the gradient; its share of the loss parts, the states after it and the model's aux."""
 
     @abstractmethod
     def _apply(self, rates: Mapping[str, float]) -> float:

@@ -16,8 +16,9 @@ import optax
 from jax import Array
 
 from conf.schema import LossConfig, TrainConfig
-from experiments.steps.base import IGNORED, Gradients, States, TrainStep
+from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
 from experiments.steps.groups import GROUPS, group_of
+from experiments.steps.jax_forward import options, training
 from jax_impl.weights import flatten, torch_name
 
 Flat = dict[str, Any]
@@ -37,15 +38,20 @@ def _nats(logits: Array, labels: Array) -> Array:
     return -jnp.where(kept, jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0], 0.0)
 
 
-def loss_parts(logits: Array, labels: Array, states: States, config: LossConfig) -> dict[str, Array]:
-    """The loss and its weighted parts. logits (B, L, V), labels (B, L), states as the model returns them."""
-    cross_entropy = _nats(logits, labels).sum() / jnp.maximum((labels != IGNORED).sum(), 1)
+def loss_parts(logits: Array, labels: Array, states: States, config: LossConfig, whole: Whole | None = None) -> dict[str, Array]:
+    """The loss and its weighted parts, or a group's share of them. logits (B, L, V), labels (B, L), states as the model returns them."""
+    cross_entropy = _nats(logits, labels).sum() / (jnp.maximum((labels != IGNORED).sum(), 1) if whole is None else whole.tokens)
     penalty = jnp.zeros((), logits.dtype)
-    for state in states:
-        for kind in config.state_penalty:
-            penalty = penalty + (norm(state[kind]).mean() - config.state_norm) ** 2
+    norms = [norm(state[kind]).mean() for state in states for kind in config.state_penalty if config.state_weight]
+    for place, mean in enumerate(norms):
+        if whole is None:
+            penalty = penalty + (mean - config.state_norm) ** 2
+        else:
+            beyond = whole.norms[place] - config.state_norm
+            penalty = penalty + whole.share * (beyond**2 + 2 * beyond * (mean - whole.norms[place]))
     penalty = config.state_weight * penalty
     smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else jnp.zeros((), logits.dtype)
+    smoothness = smoothness if whole is None else whole.share * smoothness
     return {"loss": cross_entropy + penalty + smoothness, "cross_entropy": cross_entropy, "state_penalty": penalty, "smoothness": smoothness}
 
 
@@ -57,7 +63,8 @@ class Functions:
     @classmethod
     def of(cls, function: Any, params: Any, config: TrainConfig) -> Functions:
         """The functions for a model's functional face, its parameters' structure and the parts of the configuration that are compiled in."""
-        key = repr((function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, config.training.accumulation))
+        how = (config.training.remat, config.training.precision)
+        key = repr((function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, how))
         if key not in cls._made:
             cls._made[key] = cls(function, params, config)
         return cls._made[key]
@@ -76,7 +83,7 @@ class Functions:
             },
             {name: group_of(name) for name in self.paths},
         )
-        self.gradient = jax.jit(self._gradient)
+        self.gradient = jax.jit(self._gradient, compiler_options=options(config.training))
         self.update = jax.jit(self._update)
         self.norm = jax.jit(self._norm)
         self.update_memory = jax.jit(function.update_memory) if hasattr(function, "update_memory") else None
@@ -94,11 +101,14 @@ class Functions:
             here[path[-1]] = flat[name]
         return tree
 
-    def _gradient(self, variables: Any, ids: Array, labels: Array, states: States) -> tuple[Flat, dict[str, Array], States, dict[str, Any]]:
+    def _gradient(
+        self, variables: Any, ids: Array, labels: Array, states: States, whole: dict[str, Array] | None
+    ) -> tuple[Flat, dict[str, Array], States, dict[str, Any]]:
         def loss(params: Any) -> tuple[Array, Any]:
-            logits, after, aux = self.function.apply({**variables, "params": params}, ids, states, return_aux=True)
-            parts = loss_parts(logits, labels, after, self.config.loss)
-            return parts["loss"] / self.config.training.accumulation, (parts, after, aux)
+            module = training(self.function.merge({**variables, "params": params}), self.config.training)
+            logits, after, aux = module(ids, states, return_aux=True)
+            parts = loss_parts(logits, labels, after, self.config.loss, None if whole is None else Whole(**whole))
+            return parts["loss"], (parts, after, aux)
 
         gradient, (parts, after, aux) = jax.grad(loss, has_aux=True)(variables["params"])
         return self.flat(gradient), parts, after, aux
@@ -189,7 +199,8 @@ class JaxStep(TrainStep):
 
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
         with self._precision():
-            gradient, parts, after, aux = self._functions.gradient(self.model.variables, ids, labels, states)
+            whole = None if self._whole is None else {key: jnp.asarray(value, self.config.backend.dtype) for key, value in vars(self._whole).items()}
+            gradient, parts, after, aux = self._functions.gradient(self.model.variables, ids, labels, states, whole)
             self._grads = gradient if self._grads is None else jax.tree.map(jnp.add, self._grads, gradient)
         return jax.device_get(parts), after, aux
 

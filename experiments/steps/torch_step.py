@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import LossConfig, TrainConfig
-from experiments.steps.base import IGNORED, Gradients, States, TrainStep
+from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
 from experiments.steps.groups import GROUPS, group_of
+from experiments.steps.torch_forward import training
 
 
 def norm(x: Tensor) -> Tensor:
@@ -22,16 +23,21 @@ def norm(x: Tensor) -> Tensor:
     return torch.where(positive, torch.sqrt(torch.where(positive, square, 1.0)), 0.0)
 
 
-def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfig) -> dict[str, Tensor]:
-    """The loss and its weighted parts. logits (B, L, V), labels (B, L), states as the model returns them."""
+def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfig, whole: Whole | None = None) -> dict[str, Tensor]:
+    """The loss and its weighted parts, or a group's share of them. logits (B, L, V), labels (B, L), states as the model returns them."""
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    cross_entropy = total / (labels != IGNORED).sum().clamp(min=1)
+    cross_entropy = total / ((labels != IGNORED).sum().clamp(min=1) if whole is None else whole.tokens)
     penalty = logits.new_zeros(())
-    for state in states:
-        for kind in config.state_penalty:
-            penalty = penalty + (norm(state[kind]).mean() - config.state_norm) ** 2
+    norms = [norm(state[kind]).mean() for state in states for kind in config.state_penalty if config.state_weight]
+    for place, mean in enumerate(norms):
+        if whole is None:
+            penalty = penalty + (mean - config.state_norm) ** 2
+        else:
+            beyond = float(whole.norms[place]) - config.state_norm
+            penalty = penalty + whole.share * (beyond**2 + 2 * beyond * (mean - float(whole.norms[place])))
     penalty = config.state_weight * penalty
     smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else logits.new_zeros(())
+    smoothness = smoothness if whole is None else whole.share * smoothness
     return {"loss": cross_entropy + penalty + smoothness, "cross_entropy": cross_entropy, "state_penalty": penalty, "smoothness": smoothness}
 
 
@@ -94,9 +100,10 @@ class TorchStep(TrainStep):
             }
 
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
-        logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
-        parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss)
-        (parts["loss"] / self.config.training.accumulation).backward()
+        with training(self.model.module, self.config.training):
+            logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
+            parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._whole)
+            parts["loss"].backward()
         detached = [{kind: value.detach() for kind, value in state.items()} for state in states]
         return {name: part.item() for name, part in parts.items()}, detached, aux
 

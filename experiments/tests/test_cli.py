@@ -24,16 +24,21 @@ GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in TREE.iterdir() if folder.is_dir() and list(folder.glob("*.yaml"))
 }
 CHOICES = [f"{group}={name}" for group, names in sorted(GROUPS.items()) for name in names if not name.startswith("wavecore")]
+PLUGINS = {
+    "launcher=joblib": "hydra_joblib_launcher", "launcher=slurm": "hydra_submitit_launcher", "launcher=submitit": "hydra_submitit_launcher",
+}
 CORES = [name for name in GROUPS["model"] if name.startswith("wavecore")]
 
 
 def test_tree_is_found() -> None:
-    assert set(GROUPS) == {"model", "backend", "data", "tracker", "launcher", "experiment"}
+    assert set(GROUPS) == {"model", "backend", "data", "tracker", "launcher", "experiment", "debug"}
     assert GROUPS["backend"] == ["jax", "jax_compiled", "torch", "torch_compiled"] and "smoke" in GROUPS["experiment"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes_validates_and_builds(choice: str) -> None:
+    if choice in PLUGINS:
+        pytest.importorskip(f"hydra_plugins.{PLUGINS[choice]}", reason=f"{PLUGINS[choice]} is not installed (groundwave[sweep])")
     backends = [] if choice.startswith("backend=") else ["backend=torch"]
     # The largest model is built with few slots: what is tested is the YAML, and its fields are all the same type.
     bank = ["model.memory_size=5"] if "grounded_mamba" in choice else []
@@ -66,7 +71,7 @@ def test_control_yaml_and_schema_say_the_same_defaults() -> None:
 def test_yaml_and_schema_say_the_same_defaults() -> None:
     """Except where the YAML chooses a model and a place: nothing is trained with a number that the schema does not show."""
     composed, default = cli.validate(cli.composed([])), schema.TrainConfig()
-    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint", "comparison"):
+    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint", "comparison", "debug", "rate_finder", "sweep"):
         assert getattr(composed, section) == getattr(default, section), section
 
 
