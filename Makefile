@@ -1,7 +1,8 @@
 # make demo   sets everything up, proves parity, trains a language model in both frameworks, shows where to look
 # make test   sets everything up, runs all tests
 # make mutations  injects every porting bug; `make test` injects twelve for each model
-# make calibrate  injects them all and compares random clean configurations; writes parity_tests/calibration/ with the digests of the sources
+# make calibrate  injects them all and compares random clean configurations (50 CPU minutes); writes parity_tests/calibration/ with the digests of
+#                 the sources that decide the result: a test fails when one of these is no longer what it was
 # make review  opens every W&B run below runs/ and multirun/ in `wandb leet`, or lists them where there is no terminal
 # make sanitize   runs the tests of the kernels under gcc's address and undefined-behaviour sanitizers
 # make wheel-check  builds the wheel and tests it in a fresh environment without a compiler
