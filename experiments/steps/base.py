@@ -39,7 +39,7 @@ Gradients = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Whole:
+class Totals:
     """What a group of rows has to know of the whole batch: its labels that count, the group's share of rows, mean norms of states."""
 
     tokens: int
@@ -68,7 +68,7 @@ class TrainStep(ABC):
         self.model, self.config = model, config
         self.steps_done = 0
         self.states: States | None = None
-        self._whole: Whole | None = None  # of the batch at hand, where it goes through in groups
+        self._totals: Totals | None = None  # of the batch at hand, where it goes through in groups
         size = config.training.batch_size
         self._order = np.random.default_rng([config.seed, 1]).permutation(size) if config.data.permute_rows else None
 
@@ -88,7 +88,7 @@ class TrainStep(ABC):
             ids, labels, states = ids[self._order], labels[self._order], self._rows(before, self._order)
         groups = self.config.training.accumulation
         rows = np.array_split(np.arange(len(ids)), groups)
-        self._whole = self._measured(ids, labels, states, rows) if groups > 1 else None
+        self._totals = self._totals_of(ids, labels, states, rows) if groups > 1 else None
         outcomes = [self._accumulate(ids[chosen], labels[chosen], states if groups == 1 else self._rows(states, chosen)) for chosen in rows]
         parts, afters, auxes = zip(*outcomes, strict=True)
         after = afters[0] if groups == 1 else self._joined(afters)
@@ -115,14 +115,14 @@ class TrainStep(ABC):
             result.states, result.ssm_states = self._numpy(self.states), self._numpy(aux.get("ssm_states", []))
         return result
 
-    def _measured(self, ids: np.ndarray, labels: np.ndarray, states: States, rows: list[np.ndarray]) -> Whole:
+    def _totals_of(self, ids: np.ndarray, labels: np.ndarray, states: States, rows: list[np.ndarray]) -> Totals:
         """What groups of equal size, the rows `rows`, need of their batch."""
         settings, norms = self.config.loss, []
         if settings.state_weight and settings.state_penalty:
             for chosen in rows:
                 _, after = self.evaluate(ids[chosen], labels[chosen], self._rows(states, chosen))
                 norms.append([np.linalg.norm(state[kind], axis=-1).mean() for state in self._numpy(after) for kind in settings.state_penalty])
-        return Whole(max(int((labels != IGNORED).sum()), 1), 1 / len(rows), np.mean(norms, axis=0) if norms else np.zeros(0))
+        return Totals(max(int((labels != IGNORED).sum()), 1), 1 / len(rows), np.mean(norms, axis=0) if norms else np.zeros(0))
 
     def _guard(self, result: StepResult, after: States) -> None:
         """Say in `result` why the step must not be applied, or clean its gradient."""

@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from conf.schema import LossConfig, TrainConfig
-from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
+from experiments.steps.base import IGNORED, Gradients, States, Totals, TrainStep
 from experiments.steps.groups import GROUPS, group_of
 from experiments.steps.jax_forward import options, training
 from jax_impl.weights import flatten, torch_name
@@ -38,20 +38,20 @@ def _nats(logits: Array, labels: Array) -> Array:
     return -jnp.where(kept, jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0], 0.0)
 
 
-def loss_parts(logits: Array, labels: Array, states: States, config: LossConfig, whole: Whole | None = None) -> dict[str, Array]:
+def loss_parts(logits: Array, labels: Array, states: States, config: LossConfig, totals: Totals | None = None) -> dict[str, Array]:
     """The loss and its weighted parts, or a group's share of them. logits (B, L, V), labels (B, L), states as the model returns them."""
-    cross_entropy = _nats(logits, labels).sum() / (jnp.maximum((labels != IGNORED).sum(), 1) if whole is None else whole.tokens)
+    cross_entropy = _nats(logits, labels).sum() / (jnp.maximum((labels != IGNORED).sum(), 1) if totals is None else totals.tokens)
     penalty = jnp.zeros((), logits.dtype)
     norms = [norm(state[kind]).mean() for state in states for kind in config.state_penalty if config.state_weight]
     for place, mean in enumerate(norms):
-        if whole is None:
+        if totals is None:
             penalty = penalty + (mean - config.state_norm) ** 2
         else:
-            beyond = whole.norms[place] - config.state_norm
-            penalty = penalty + whole.share * (beyond**2 + 2 * beyond * (mean - whole.norms[place]))
+            beyond = totals.norms[place] - config.state_norm
+            penalty = penalty + totals.share * (beyond**2 + 2 * beyond * (mean - totals.norms[place]))
     penalty = config.state_weight * penalty
     smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else jnp.zeros((), logits.dtype)
-    smoothness = smoothness if whole is None else whole.share * smoothness
+    smoothness = smoothness if totals is None else totals.share * smoothness
     return {"loss": cross_entropy + penalty + smoothness, "cross_entropy": cross_entropy, "state_penalty": penalty, "smoothness": smoothness}
 
 
@@ -102,12 +102,12 @@ class Functions:
         return tree
 
     def _gradient(
-        self, variables: Any, ids: Array, labels: Array, states: States, whole: dict[str, Array] | None
+        self, variables: Any, ids: Array, labels: Array, states: States, totals: dict[str, Array] | None
     ) -> tuple[Flat, dict[str, Array], States, dict[str, Any]]:
         def loss(params: Any) -> tuple[Array, Any]:
             module = training(self.function.merge({**variables, "params": params}), self.config.training)
             logits, after, aux = module(ids, states, return_aux=True)
-            parts = loss_parts(logits, labels, after, self.config.loss, None if whole is None else Whole(**whole))
+            parts = loss_parts(logits, labels, after, self.config.loss, None if totals is None else Totals(**totals))
             return parts["loss"], (parts, after, aux)
 
         gradient, (parts, after, aux) = jax.grad(loss, has_aux=True)(variables["params"])
@@ -199,8 +199,9 @@ class JaxStep(TrainStep):
 
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
         with self._precision():
-            whole = None if self._whole is None else {key: jnp.asarray(value, self.config.backend.dtype) for key, value in vars(self._whole).items()}
-            gradient, parts, after, aux = self._functions.gradient(self.model.variables, ids, labels, states, whole)
+            known, dtype = self._totals, self.config.backend.dtype
+            totals = None if known is None else {name: jnp.asarray(value, dtype) for name, value in vars(known).items()}
+            gradient, parts, after, aux = self._functions.gradient(self.model.variables, ids, labels, states, totals)
             self._grads = gradient if self._grads is None else jax.tree.map(jnp.add, self._grads, gradient)
         return jax.device_get(parts), after, aux
 

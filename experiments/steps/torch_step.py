@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import LossConfig, TrainConfig
-from experiments.steps.base import IGNORED, Gradients, States, TrainStep, Whole
+from experiments.steps.base import IGNORED, Gradients, States, Totals, TrainStep
 from experiments.steps.groups import GROUPS, group_of
 from experiments.steps.torch_forward import training
 
@@ -23,21 +23,21 @@ def norm(x: Tensor) -> Tensor:
     return torch.where(positive, torch.sqrt(torch.where(positive, square, 1.0)), 0.0)
 
 
-def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfig, whole: Whole | None = None) -> dict[str, Tensor]:
+def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfig, totals: Totals | None = None) -> dict[str, Tensor]:
     """The loss and its weighted parts, or a group's share of them. logits (B, L, V), labels (B, L), states as the model returns them."""
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    cross_entropy = total / ((labels != IGNORED).sum().clamp(min=1) if whole is None else whole.tokens)
+    cross_entropy = total / ((labels != IGNORED).sum().clamp(min=1) if totals is None else totals.tokens)
     penalty = logits.new_zeros(())
     norms = [norm(state[kind]).mean() for state in states for kind in config.state_penalty if config.state_weight]
     for place, mean in enumerate(norms):
-        if whole is None:
+        if totals is None:
             penalty = penalty + (mean - config.state_norm) ** 2
         else:
-            beyond = float(whole.norms[place]) - config.state_norm
-            penalty = penalty + whole.share * (beyond**2 + 2 * beyond * (mean - float(whole.norms[place])))
+            beyond = float(totals.norms[place]) - config.state_norm
+            penalty = penalty + totals.share * (beyond**2 + 2 * beyond * (mean - float(totals.norms[place])))
     penalty = config.state_weight * penalty
     smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else logits.new_zeros(())
-    smoothness = smoothness if whole is None else whole.share * smoothness
+    smoothness = smoothness if totals is None else totals.share * smoothness
     return {"loss": cross_entropy + penalty + smoothness, "cross_entropy": cross_entropy, "state_penalty": penalty, "smoothness": smoothness}
 
 
@@ -102,7 +102,7 @@ class TorchStep(TrainStep):
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
         with training(self.model.module, self.config.training):
             logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
-            parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._whole)
+            parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._totals)
             parts["loss"].backward()
         detached = [{kind: value.detach() for kind, value in state.items()} for state in states]
         return {name: part.item() for name, part in parts.items()}, detached, aux

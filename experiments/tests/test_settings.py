@@ -24,7 +24,7 @@ def test_default_run_of_every_architecture_differs_in_nothing_but_what_was_chose
 def test_what_differs_is_said_with_its_default() -> None:
     config = cli.validate(cli.composed(["model.dim=96", "optimiser.ssm.rate=0.25", "data.path=conf", "tracker=none"]))
     assert settings.differences(config).items() >= {"model.dim": 128, "optimiser.ssm.rate": 0.5, "data.path": None, "tracker.name": "wandb"}.items()
-    console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True)
+    console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True, soft_wrap=True)
     settings.show(console, config)
     lines = console.export_text(clear=False).splitlines()
     assert lines[-1].startswith("differs from the default run, whose value is in brackets: ") and "model.dim=96 (128)" in lines[-1]
