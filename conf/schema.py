@@ -12,6 +12,7 @@ from typing import Any
 
 from conf.baselines import GruConfig, TransformerConfig
 from conf.comparison_schema import ComparisonConfig
+from conf.distributed_schema import DistributedConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
 MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig}
@@ -311,6 +312,7 @@ class TrainConfig:
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         choice(self, "architecture", tuple(MODELS))
@@ -326,3 +328,4 @@ class TrainConfig:
                 f"model.vocab_size must be at least data.vocab_size, found model.vocab_size={self.model.vocab_size} "
                 f"and data.vocab_size={self.data.vocab_size}"
             )
+        self.distributed.check(self.backend.name, permuted=self.data.permute_rows, compared=bool(self.comparison.models))

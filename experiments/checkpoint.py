@@ -25,7 +25,7 @@ import numpy as np
 import runtime
 from conf.schema import TrainConfig
 from experiments.errors import RunError
-from runtime.checkpoint import load_arrays
+from runtime.checkpoint import load_arrays, save_arrays
 from runtime.files import digest, flush, write_arrays
 
 FOLDER = "checkpoints"
@@ -37,7 +37,7 @@ _TRAINING = "training.safetensors"
 # Fields that do not change what is computed: a run may be resumed with others.
 _FREE = {
     "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "comparison", "data.cache_dir", "backend.threads",
-    "training.stop_at", "training.log_every", "training.monitor_every", "monitors",
+    "training.stop_at", "training.log_every", "training.monitor_every", "monitors", "distributed",
 }
 
 
@@ -65,11 +65,11 @@ class Checkpoint:
 
 def save(
     run: Path, model: Any, optimiser: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray], description: dict[str, Any], keep: int,
-    *, monitors: Mapping[str, np.ndarray] | None = None, folder: str = FOLDER,
+    *, monitors: Mapping[str, np.ndarray] | None = None, folder: str = FOLDER, arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write a checkpoint of `description["step"]` into `folder` of the run and drop all but the newest `keep`. Returns its own folder.
 
-    In another folder than the checkpoints' own all others are dropped, whatever their step. Raises RunError if it cannot be written; what
+    `arrays` are the model's own where None. In another folder than the checkpoints' own all others are dropped, whatever their step. Raises RunError if it cannot be written; what
     was written of it is gone then, so that a full disk gets its room back.
     """
     root = run / folder
@@ -84,7 +84,7 @@ def save(
                 return target
             shutil.rmtree(target)
         temporary.mkdir()
-        runtime.save(model, temporary / "model")
+        save_arrays(model.name, model.config, model.arrays() if arrays is None else arrays, temporary / "model", dtype=model.dtype)
         kinds = {"optimiser": optimiser, "states": states, "monitors": monitors or {}}
         write_arrays(temporary / _TRAINING, {f"{kind}.{name}": value for kind, arrays in kinds.items() for name, value in arrays.items()})
         flush(temporary / _TRAINING)

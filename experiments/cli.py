@@ -29,6 +29,7 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
+from experiments import distributed
 from experiments.checkpoint import newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
@@ -188,12 +189,18 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
         return arguments
     for config in configs:
         COMMANDS[root].check(config)
-    folder = first.run_dir or _folder(first, root, sweep=parsed.multirun)
-    if root == "train":
-        check_free(Path(folder))
-    writable(Path(folder))
-    absolute = Path(folder).absolute()
-    return [*arguments, f"run_dir={_quoted(str(absolute))}"] if first.run_dir is None else arguments
+    group = distributed.join(first) if root == "train" else distributed.ALONE
+
+    def place() -> str:
+        folder = Path(first.run_dir or _folder(first, root, sweep=parsed.multirun))
+        if root == "train":
+            check_free(folder)
+        writable(folder)
+        return str(folder.absolute())
+
+    folder = group.share(place)
+    added = [f"run_dir={_quoted(folder)}"] if first.run_dir is None else []
+    return [*arguments, *added, *([] if group.main else ["hydra.output_subdir=null"])]
 
 
 def _quoted(text: str) -> str:
@@ -228,7 +235,7 @@ def _job(config: DictConfig, root: str) -> int:
         sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
         return COMMANDS[root].run(validate(config, root), folder, sweep)
     except RunError as error:
-        print(f"groundwave: {error}", file=sys.stderr)
+        _say(error)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print(f"groundwave: {COMMANDS[root].interrupted}", file=sys.stderr)
@@ -265,6 +272,11 @@ def run_compare(arguments: list[str]) -> int:
     return compare(arguments)
 
 
+def _say(error: RunError) -> None:
+    if distributed.speaks(error):
+        print(f"groundwave: {error}", file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `groundwave` command. Returns the exit status."""
     # Idle threads that spin cost a shared machine ten times the run's own work; read when torch's OpenMP loads.
@@ -280,8 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise RunError(f"unknown command {arguments[0]!r}; expected one of {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
     except RunError as error:
-        print(f"groundwave: {error}", file=sys.stderr)
+        _say(error)
         return 2
+    finally:
+        distributed.close()
 
 
 if __name__ == "__main__":
