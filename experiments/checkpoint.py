@@ -69,8 +69,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of `description["step"]` into `folder` of the run and drop all but the newest `keep`. Returns its own folder.
 
-    `arrays` are the model's own where None. In another folder than the checkpoints' own all others are dropped, whatever their step. Raises RunError if it cannot be written; what
-    was written of it is gone then, so that a full disk gets its room back.
+    `arrays`: the model's, where it does not hold all of them itself. In another folder than the checkpoints' own all others are dropped,
+    whatever their step. Raises RunError if it cannot be written; what was written of it is gone then, so that a full disk gets its room back.
     """
     root = run / folder
     target = root / f"{_PREFIX}{description['step']:08d}"

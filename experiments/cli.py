@@ -238,7 +238,7 @@ def _job(config: DictConfig, root: str) -> int:
         _say(error)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print(f"groundwave: {COMMANDS[root].interrupted}", file=sys.stderr)
+        _say(KeyboardInterrupt(COMMANDS[root].interrupted))
         raise SystemExit(130) from error
     except Exception as error:
         traceback.print_exc()
@@ -272,9 +272,10 @@ def run_compare(arguments: list[str]) -> int:
     return compare(arguments)
 
 
-def _say(error: RunError) -> None:
-    if distributed.speaks(error):
-        print(f"groundwave: {error}", file=sys.stderr, flush=True)
+def _say(error: RunError | KeyboardInterrupt) -> None:
+    line = distributed.said(error)
+    if line is not None:
+        print(f"groundwave: {line}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

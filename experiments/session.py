@@ -53,7 +53,7 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
     """Read the data, build or restore the model, and write what describes the run. Raises RunError for what the user can put right."""
     notes: list[str] = []
     group = distributed.join(config)
-    group.check(config.training)
+    group.share(lambda: group.check(config.training))
     resumed = group.share(lambda: _resumed(config, folder, notes))
     text = corpus.load(config.data)
     group.same("the text's sha256", text.sha256)

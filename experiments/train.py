@@ -60,7 +60,8 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
         warnings.showwarning = show
         state = session.prepare(config, folder)
         tracker = trackers.make(
-            config.tracker if processes.main else TrackerConfig(name="none"), folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
+            config.tracker if processes.main else TrackerConfig(name="none"), folder,
+            settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
             name=folder.name, group=group, tags=[config.architecture, config.backend.name], run_id=state.tracker_id,
         )
         try:
@@ -101,7 +102,8 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
     seconds, saved = state.seconds, None
     live = console.is_terminal
     stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
-    with open(state.folder / METRICS if state.group.main else os.devnull, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
+    place = state.folder / METRICS if state.group.main else os.devnull
+    with open(place, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
         bar = progress.add_task("training", total=last, completed=state.start, figures="")
         window_tokens, window_seconds = 0, 0.0
         for done in range(state.start + 1, last + 1):

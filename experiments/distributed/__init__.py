@@ -11,7 +11,7 @@ from conf.schema import TrainConfig
 from experiments.distributed.group import ALONE, Group
 from experiments.errors import EchoError, RunError
 
-__all__ = ["ALONE", "Group", "close", "join", "speaks"]
+__all__ = ["ALONE", "Group", "close", "join", "said"]
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 _joined: list[Group] = []
@@ -44,8 +44,8 @@ def close() -> None:
         _joined.pop().close()
 
 
-def speaks(error: BaseException) -> bool:
-    """Whether this process says `error`: in a group everyone says its own, and before it is joined, where all go wrong alike, the first."""
-    if isinstance(error, EchoError):
-        return False
-    return bool(_joined) or all(os.environ.get(name, "0") == "0" for name in _RANKS)
+def said(error: BaseException) -> str | None:
+    """What this process says of an error; None for what process 0 says. Before a group is joined all go wrong alike."""
+    if isinstance(error, EchoError) or not (_joined or all(os.environ.get(name, "0") == "0" for name in _RANKS)):
+        return None
+    return str(error) if not _joined or _joined[0].main else f"process {_joined[0].rank}: {error}"

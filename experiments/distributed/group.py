@@ -68,7 +68,7 @@ class Group:
         """Raise RunError, in the process where it is so, unless `value` is process 0's."""
         expected = self.share(lambda: value)
         if value != expected:
-            raise RunError(f"distributed: {what} of process {self.rank} is {value}, that of process 0 is {expected}; they must be the same")
+            raise RunError(f"distributed: {what} is {value} here, {expected} in process 0; they must be the same")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Group:
             reason = self._lost(error)
             if reason is None:
                 raise
-            raise RunError(f"distributed: process {self.rank} of {self.size} ends, because another ended or did not answer: {reason}") from error
+            raise RunError(f"distributed: another of the {self.size} processes ended or did not answer in time: {reason}") from error
 
     def close(self) -> None:
         """Leave the group."""

@@ -34,7 +34,7 @@ from experiments.distributed.group import Group
 from experiments.errors import RunError
 from torch_impl.ops import memory_bank
 
-# Whether buffers are sent before every forward pass: the name changed with torch 2.13.
+# Whether buffers are sent before every forward pass: newer releases of torch have another name for it.
 _SYNCED = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in inspect.signature(DistributedDataParallel).parameters)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "gloo", "connection refused")

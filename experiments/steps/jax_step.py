@@ -61,7 +61,8 @@ class Functions:
 
         With a mesh, gradients and parameters are on all of its devices and states divided among them.
         """
-        key = repr((mesh and mesh.describe(), function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, config.training.accumulation))
+        compiled_in = (function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, config.training.accumulation)
+        key = repr((mesh and mesh.describe(), *compiled_in))
         if key not in cls._made:
             cls._made[key] = cls(function, params, config, mesh)
         return cls._made[key]
