@@ -198,5 +198,6 @@ class _Mean(torch.autograd.Function):
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error, without the place in torch's sources."""
-    return str(error).strip().splitlines()[0].split("] ", 1)[-1].rstrip(".") if str(error).strip() else type(error).__name__
+    """The first sentence of an error, without the place in torch's sources."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rpartition("] ")[2].split(". ")[0].rstrip(".")

@@ -157,7 +157,7 @@ class JaxStep(TrainStep):
         self._grads: Flat | None = None
         with self._precision():
             self._optimiser = self._put(self._functions.transform.init(self._functions.flat(model.variables["params"])))
-        self._hold(model.variables)
+            self._hold(model.variables)
 
     def _precision(self) -> Any:
         return jax.enable_x64(self.config.backend.dtype == "float64")
