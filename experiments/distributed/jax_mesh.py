@@ -23,6 +23,7 @@ from experiments.distributed.group import Group
 from experiments.errors import RunError
 
 _HEARTBEAT = 100.0  # seconds; JAX's own default
+_LEAST = 4095  # bytes of a message, less one
 _LOST = ("gloo", "connection closed", "connection reset", "unavailable", "deadline_exceeded", "heartbeat", "timed out", "aborted", "coordination")
 
 
@@ -77,8 +78,10 @@ class JaxMesh(Group):
     def _send(self, message: bytes | None) -> bytes:
         with jax.enable_x64(True):
             size = int(multihost_utils.broadcast_one_to_all(np.int64(0 if message is None else len(message))))
-            room = np.zeros(size, np.uint8) if message is None else np.frombuffer(message, np.uint8)
-            return np.asarray(multihost_utils.broadcast_one_to_all(room)).astype(np.uint8).tobytes()
+            room = np.zeros(1 << max(size - 1, _LEAST).bit_length(), np.uint8)  # every length is a program of its own
+            if message is not None:
+                room[:size] = np.frombuffer(message, np.uint8)
+            return np.asarray(multihost_utils.broadcast_one_to_all(room)).astype(np.uint8)[:size].tobytes()
 
     def _lost(self, error: RuntimeError) -> str | None:
         text = " ".join(str(error).split())

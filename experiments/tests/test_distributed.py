@@ -82,6 +82,7 @@ def test_ddp_fsdp2_and_one_process_go_on_from_each_other(torch_runs: tuple[Path,
 
 def test_only_process_0_speaks(torch_runs: tuple[Path, dict[str, Any]]) -> None:
     _, runs = torch_runs
+    assert "bits per byte" in runs["fsdp2"]["out"][0]
     for name in ("ddp", "fsdp2"):
         assert "How to look at this" in runs[name]["out"][0]
         assert (runs[name]["out"][1], runs[name]["err"][1]) == ("", "")
