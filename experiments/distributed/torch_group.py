@@ -162,9 +162,9 @@ class TorchGroup(Group):
             mine = (positions >= 0) & (positions < own)
             both = torch.stack([kept["key_proj"].flatten(0, 1), kept["value_proj"].flatten(0, 1)])  # (2, B L, D)
             taken.append(torch.where(mine[:, None], both[:, positions.clamp(0, own - 1)], 0.0))  # (2, R, D)
-        together = torch.stack(taken)
+        together = torch.stack(taken).double()  # which gloo can add, whatever the rows are
         dist.all_reduce(together)
-        return [(keys, values) for keys, values in together]
+        return [(keys, values) for keys, values in together.to(taken[0].dtype)]
 
     def _send(self, message: bytes | None) -> bytes:
         size = torch.tensor(0 if message is None else len(message))

@@ -63,19 +63,23 @@ def brief(rank: int) -> None:
     train._conclude = lambda *_: {}  # type: ignore[assignment]
 
 
-def poisoned(rank: int) -> None:
-    """The loss of process 1 is NaN in the first micro-batch of step 3."""
-    from experiments.steps import torch_step
+def poisoned(victim: int) -> Fault:
+    """The loss of process `victim` is NaN in the first micro-batch of step 3."""
 
-    original, calls = torch_step.loss_parts, [0]
+    def fault(rank: int) -> None:
+        from experiments.steps import torch_step
 
-    def parts(logits: Any, *rest: Any) -> Any:
-        calls[0] += 1
-        return original(logits * float("nan") if calls[0] == 5 else logits, *rest)
+        original, calls = torch_step.loss_parts, [0]
 
-    brief(rank)
-    if rank == 1:
-        torch_step.loss_parts = parts
+        def parts(logits: Any, *rest: Any) -> Any:
+            calls[0] += 1
+            return original(logits * float("nan") if calls[0] == 5 else logits, *rest)
+
+        brief(rank)
+        if rank == victim:
+            torch_step.loss_parts = parts
+
+    return fault
 
 
 def killed(rank: int) -> None:
@@ -95,7 +99,7 @@ def killed(rank: int) -> None:
 
 
 def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
-    """Eight steps of one process; the same by DDP, FSDP2 and one process in turn; a loss that is not finite; a process that dies."""
+    """Eight steps of one process; the same by DDP, FSDP2 and one process in turn; a loss that is not finite in one process of two, and in the only one; a process that dies."""
     import torch
     import torch.distributed.fsdp
 
@@ -107,6 +111,7 @@ def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
     def group(kind: str, name: str, *more: str) -> list[list[str]]:
         return [[*model, f"distributed={kind}", f"distributed.address=file://{root}/{name}.meeting", "distributed.timeout=60", *more]] * 2
 
+    poison = ["training.stop_at=4", "checkpoint.every=2", "recovery.patience=1"]  # the first step that is skipped goes back to a good state
     chain = f"output_dir={root}/chain"
     local = {"GLOO_SOCKET_IFNAME": "lo"}
     return {
@@ -114,8 +119,9 @@ def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
         "ddp": launch(root, "ddp", group("ddp", "ddp", chain, "training.stop_at=3"), local, brief),
         "fsdp2": launch(root, "fsdp2", group("fsdp2", "fsdp2", chain, "training.stop_at=6", "resume=auto"), local),
         "again": launch(root, "again", [[*model, chain, "resume=auto"]], {}),
-        "poisoned": launch(root, "poisoned", group("ddp", "poisoned", f"run_dir={root}/poisoned", "training.stop_at=4"), local, poisoned),
-        "killed": launch(root, "killed", group("fsdp2", "killed", f"run_dir={root}/killed"), local, killed),
+        "poisoned": launch(root, "poisoned", group("fsdp2", "poisoned", f"run_dir={root}/poisoned", *poison), local, poisoned(1)),
+        "one_poisoned": launch(root, "one_poisoned", [[*model, f"run_dir={root}/one_poisoned", *poison]], {}, poisoned(0)),
+        "killed": launch(root, "killed", group("ddp", "killed", f"run_dir={root}/killed"), local, killed),
         "uneven": launch(root, "uneven", group("ddp", "uneven", f"run_dir={root}/uneven", "training.accumulation=8"), local),
     }
 
