@@ -99,7 +99,7 @@ def killed(rank: int) -> None:
 
 
 def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
-    """Eight steps of one process; the same by DDP, FSDP2 and one process in turn; a loss that is not finite in one process of two, and in the only one; a process that dies."""
+    """Eight steps of one process; the same by DDP, FSDP2 and one process in turn; a NaN in one process of two, and in the only one; a death."""
     import torch
     import torch.distributed.fsdp
 
