@@ -42,7 +42,11 @@ class Group:
 
     def describe(self) -> str:
         """For the environment that a checkpoint records: another number of parts sums in another order."""
-        return "one process"
+        return self.processes()
+
+    def processes(self) -> str:
+        """Their number, in words."""
+        return f"{self.size} processes" if self.size > 1 else "one process"
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` gives in process 0, in all of them; a RunError there is one everywhere. Every process has to call it."""

@@ -42,7 +42,7 @@ class JaxMesh(Group):
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     def describe(self) -> str:
-        return f"{self.size} process{'es' if self.size > 1 else ''}, {self.parts} devices, jax"
+        return f"{self.processes()}, {self.parts} devices, jax"
 
     def divided(self, tree: Any) -> Any:
         """Whole arrays, the same in every process, divided by rows."""

@@ -67,7 +67,7 @@ class TorchGroup(Group):
         self._mesh: DeviceMesh | None = init_device_mesh("cpu", (self.size,)) if self.name == "fsdp2" else None
 
     def describe(self) -> str:
-        return f"{self.size} processes, {self.name}"
+        return f"{self.processes()}, {self.name}"
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -92,9 +92,10 @@ class TorchGroup(Group):
         if self._mesh is not None:
             return module
         unused = _bank_is_empty(module)  # DDP looks for parameters without a gradient only if told to, and complains if there are none
-        if unused not in self._wrapped:
-            self._wrapped[unused] = DistributedDataParallel(module, find_unused_parameters=unused, **{_SYNCED: False})
-        return self._wrapped[unused]
+        held = self._wrapped.get(unused)
+        if held is None or held.module is not module:  # of a job of the sweep before
+            held = self._wrapped[unused] = DistributedDataParallel(module, find_unused_parameters=unused, **{_SYNCED: False})
+        return held
 
     def reducing(self, trained: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around the passes of a micro-batch: gradients are averaged over the processes at the last one of a step."""
@@ -104,9 +105,9 @@ class TorchGroup(Group):
         return nullcontext()
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over the processes of each scalar, with the gradient of this process's own; the same number everywhere, to the last bit."""
+        """The mean over the processes of each scalar, the first of them no count, with the gradient of this process's own; the same number everywhere, to the last bit."""
         found = _Mean.apply(torch.stack([value.double() for value in values]), self.size)
-        return [mean.to(value.dtype if value.is_floating_point() else torch.float64) for mean, value in zip(found, values, strict=True)]
+        return [mean.to(value.dtype if value.is_floating_point() else values[0].dtype) for mean, value in zip(found, values, strict=True)]
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes of a tensor that has no gradient."""
