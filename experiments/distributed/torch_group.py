@@ -105,7 +105,10 @@ class TorchGroup(Group):
         return nullcontext()
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over the processes of each scalar, the first of them no count, with the gradient of this process's own; the same number everywhere, to the last bit."""
+        """The mean over the processes of each scalar, with the gradient of this process's own; to the last bit the same everywhere.
+
+        Whole numbers come back in the dtype of the first one.
+        """
         found = _Mean.apply(torch.stack([value.double() for value in values]), self.size)
         return [mean.to(value.dtype if value.is_floating_point() else values[0].dtype) for mean, value in zip(found, values, strict=True)]
 
