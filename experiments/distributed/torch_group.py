@@ -12,6 +12,7 @@ process, L length, D width, R rows written to the bank.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import warnings
@@ -71,6 +72,8 @@ class TorchGroup(Group):
 
     def close(self) -> None:
         if dist.is_initialized():
+            # Never deleted: torch deletes a group while it holds the GIL and waits for a thread that may be waiting for the GIL.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
             dist.destroy_process_group()
 
     def lanes(self, batch_size: int, accumulation: int, rank: int | None = None) -> np.ndarray:

@@ -75,7 +75,7 @@ def test_ddp_fsdp2_and_one_process_go_on_from_each_other(torch_runs: tuple[Path,
         assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
     (folder,) = (root / "chain").iterdir()  # processes 0 and 1 agree on where they are, and so do the runs that go on
     same_run(folder, root / "one", 1e-11)
-    assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6  # of the FSDP2 run, whose conclusion is process 0's alone
     assert "group was 2 processes, ddp, is 2 processes, fsdp2" in runs["fsdp2"]["err"][0]
     assert "group was 2 processes, fsdp2, is one process" in runs["again"]["err"][0]
 
@@ -100,17 +100,10 @@ def test_loss_that_is_nan_in_one_process_is_skipped_by_all_and_they_go_back_toge
 
 def test_process_that_dies_ends_the_other_with_one_line(torch_runs: tuple[Path, dict[str, Any]]) -> None:
     _, runs = torch_runs
-    assert runs["killed"]["codes"] == [2, 9] and runs["killed"]["seconds"] < 40
+    assert runs["killed"]["codes"] == [2, 9], runs["killed"]["err"]
+    assert runs["killed"]["seconds"] < 40
     (line,) = runs["killed"]["err"][0].strip().splitlines()
     assert line.startswith("groundwave: distributed: another of the 2 processes ended or did not answer in time: ")
-
-
-def test_batch_that_cannot_be_divided_is_one_line_of_process_0(torch_runs: tuple[Path, dict[str, Any]]) -> None:
-    root, runs = torch_runs
-    assert runs["uneven"]["codes"] == [2, 2] and runs["uneven"]["err"][1] == ""
-    (line,) = runs["uneven"]["err"][0].strip().splitlines()
-    assert "training.batch_size must be divisible by training.accumulation times the 2 processes, found batch_size=8 and accumulation=8" in line
-    assert not list((root / "uneven").glob("*.yaml"))
 
 
 def test_two_jax_processes_and_four_devices_train_as_one_process_of_torch(
@@ -122,8 +115,7 @@ def test_two_jax_processes_and_four_devices_train_as_one_process_of_torch(
         assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
     assert (runs["two"]["out"][1], runs["two"]["err"][1]) == ("", "")
     assert "group was 2 processes, 4 devices, jax, is one process, 4 devices, jax" in runs["four"]["err"][0]
-    (folder,) = (root / "mesh").iterdir()
-    same_run(folder, torch_runs[0] / "one", 1e-9)  # as the frameworks agree in `test_steps`
+    same_run(root / "mesh", torch_runs[0] / "one", 1e-9)  # as the frameworks agree in `test_steps`
 
 
 class Told(Group):
