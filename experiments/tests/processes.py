@@ -136,7 +136,7 @@ def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
     base, local = cli.validate(cli.composed(model)), {"GLOO_SOCKET_IFNAME": "lo"}
 
     def group(kind: str, folder: Path, stop_at: int | None = None, **sections: Any) -> list[Job]:
-        settings = DistributedConfig(kind, address=f"file://{root}/{folder.name}.{kind}", timeout=60)
+        settings = DistributedConfig(kind, address=f"file://{root}/{folder.name}.{kind}", timeout=600)
         return [run(base, folder, stop_at, distributed=settings, **sections)] * 2
 
     asked = ["distributed=ddp", f"distributed.address=file://{root}/meeting", f"output_dir={root}/chain", "training.stop_at=3"]
@@ -166,7 +166,7 @@ def with_jax(root: Path, model: list[str]) -> dict[str, Any]:
     base = cli.validate(cli.composed([*model, "backend=jax", "distributed=jax", "evaluation.every=100"]))
     mesh = root / "mesh"
     two = [
-        run(base, mesh, 4, distributed=DistributedConfig("jax", f"127.0.0.1:{port}", processes=2, process=rank, timeout=60)) for rank in range(2)
+        run(base, mesh, 4, distributed=DistributedConfig("jax", f"127.0.0.1:{port}", processes=2, process=rank, timeout=600)) for rank in range(2)
     ]
     return {
         "two": launch(root, "two", two, _devices(2), brief),
