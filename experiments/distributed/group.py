@@ -24,6 +24,7 @@ class Group:
     rank = 0
     size = 1
     parts = 1
+    broken = False  # whether another process was lost
 
     @property
     def main(self) -> bool:
@@ -83,6 +84,7 @@ class Group:
             reason = self._lost(error)
             if reason is None:
                 raise
+            self.broken = True
             raise RunError(f"distributed: another of the {self.size} processes ended or did not answer in time: {reason}") from error
 
     def close(self) -> None:
