@@ -113,7 +113,7 @@ def test_two_jax_processes_and_four_devices_train_as_one_process_of_torch(
     root, runs = jax_runs
     for name in ("two", "four"):
         assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
-    assert (runs["two"]["out"][1], runs["two"]["err"][1]) == ("", "")
+    assert all(line.startswith("[Gloo]") for line in runs["two"]["out"][1].splitlines()) and runs["two"]["err"] == ["", ""]
     assert "group was 2 processes, 4 devices, jax, is one process, 4 devices, jax" in runs["four"]["err"][0]
     same_run(root / "mesh", torch_runs[0] / "one", 1e-9)  # as the frameworks agree in `test_steps`
 
