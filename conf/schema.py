@@ -13,6 +13,7 @@ from typing import Any
 from conf.baselines import GruConfig, TransformerConfig
 from conf.comparison_schema import ComparisonConfig
 from conf.debug_schema import DebugConfig, EarlyStoppingConfig, RateFinderConfig, SweepConfig
+from conf.distributed_schema import DistributedConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
 
 MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig}
@@ -326,6 +327,7 @@ class TrainConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     rate_finder: RateFinderConfig = field(default_factory=RateFinderConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         choice(self, "architecture", tuple(MODELS))
@@ -346,3 +348,4 @@ class TrainConfig:
                 f"model.vocab_size must be at least data.vocab_size, found model.vocab_size={self.model.vocab_size} "
                 f"and data.vocab_size={self.data.vocab_size}"
             )
+        self.distributed.check(self.backend.name, permuted=self.data.permute_rows, compared=bool(self.comparison.models))

@@ -25,7 +25,7 @@ import numpy as np
 import runtime
 from conf.schema import TrainConfig
 from experiments.errors import RunError
-from runtime.checkpoint import load_arrays
+from runtime.checkpoint import load_arrays, save_arrays
 from runtime.files import digest, flush, write_arrays
 
 FOLDER = "checkpoints"
@@ -38,7 +38,7 @@ _TRAINING = "training.safetensors"
 _FREE = {
     "run_dir", "output_dir", "resume", "long_context", "evaluation", "checkpoint", "tracker", "comparison", "data.cache_dir", "backend.threads",
     "training.stop_at", "training.log_every", "training.monitor_every", "training.early_stopping", "monitors", "rate_finder", "sweep",
-    "debug.target", "debug.profile_steps", "debug.profile_after", "debug.operators",
+    "debug.target", "debug.profile_steps", "debug.profile_after", "debug.operators", "distributed",
 }
 
 
@@ -66,12 +66,12 @@ class Checkpoint:
 
 def save(
     run: Path, model: Any, optimiser: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray], description: dict[str, Any], keep: int,
-    *, monitors: Mapping[str, np.ndarray] | None = None, folder: str = FOLDER,
+    *, monitors: Mapping[str, np.ndarray] | None = None, folder: str = FOLDER, arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write a checkpoint of `description["step"]` into `folder` of the run and drop all but the newest `keep`. Returns its own folder.
 
-    In another folder than the checkpoints' own all others are dropped, whatever their step. Raises RunError if it cannot be written; what
-    was written of it is gone then, so that a full disk gets its room back.
+    `arrays`: the model's, where it does not hold all of them itself. In another folder than the checkpoints' own all others are dropped,
+    whatever their step. Raises RunError if it cannot be written; what was written of it is gone then, so that a full disk gets its room back.
     """
     root = run / folder
     target = root / f"{_PREFIX}{description['step']:08d}"
@@ -85,7 +85,7 @@ def save(
                 return target
             shutil.rmtree(target)
         temporary.mkdir()
-        runtime.save(model, temporary / "model")
+        save_arrays(model.name, model.config, model.arrays() if arrays is None else arrays, temporary / "model", dtype=model.dtype)
         kinds = {"optimiser": optimiser, "states": states, "monitors": monitors or {}}
         write_arrays(temporary / _TRAINING, {f"{kind}.{name}": value for kind, arrays in kinds.items() for name, value in arrays.items()})
         flush(temporary / _TRAINING)

@@ -30,7 +30,7 @@ from conf.control_schema import ControlConfig
 from conf.distil_schema import DistilConfig, EvaluateConfig
 from conf.parity_schema import ParityConfig
 from conf.schema import TrainConfig
-from experiments import launched, refusals
+from experiments import distributed, launched, refusals
 from experiments.checkpoint import check_run, newest_run
 from experiments.compose import MODULES, composed, jobs, register, validate
 from experiments.data.corpus import check_path
@@ -209,14 +209,20 @@ def prepare(arguments: list[str], root: str = "train") -> list[str]:
         return arguments
     for config in configs:
         COMMANDS[root].check(config)
-    folder = first.run_dir or _folder(first, root, sweep=parsed.multirun)
-    if root == "train":
-        if first.resume == "auto" and not parsed.multirun:
-            check_run(Path(folder))
-        check_free(Path(folder))
-    writable(Path(folder))
-    absolute = Path(folder).absolute()
-    return [*arguments, f"run_dir={_quoted(str(absolute))}"] if first.run_dir is None else arguments
+    group = distributed.join(first) if root == "train" else distributed.ALONE
+
+    def place() -> str:
+        folder = Path(first.run_dir or _folder(first, root, sweep=parsed.multirun))
+        if root == "train":
+            if first.resume == "auto" and not parsed.multirun:
+                check_run(folder)
+            check_free(folder)
+        writable(folder)
+        return str(folder.absolute())
+
+    folder = group.share(place)
+    added = [f"run_dir={_quoted(folder)}"] if first.run_dir is None else []
+    return [*arguments, *added, *([] if group.main else ["hydra.output_subdir=null"])]
 
 
 def _quoted(text: str) -> str:
@@ -251,10 +257,10 @@ def _job(config: DictConfig, root: str) -> int:
         sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
         return COMMANDS[root].run(validate(config, root), folder, sweep)
     except RunError as error:
-        print(f"groundwave: {error}", file=sys.stderr)
+        _say(error)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print(f"groundwave: {COMMANDS[root].interrupted}", file=sys.stderr)
+        _say(KeyboardInterrupt(COMMANDS[root].interrupted))
         raise SystemExit(130) from error
     except Exception as error:
         traceback.print_exc()
@@ -315,6 +321,12 @@ def run_sweep(arguments: list[str]) -> int:
     return sweep(arguments)
 
 
+def _say(error: RunError | KeyboardInterrupt) -> None:
+    line = distributed.said(error)
+    if line is not None:
+        print(f"groundwave: {line}", file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `groundwave` command. Returns the exit status."""
     # Idle threads that spin cost a shared machine ten times the run's own work; read when torch's OpenMP loads.
@@ -332,8 +344,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise RunError(f"unknown command {arguments[0]!r}; expected one of {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
     except RunError as error:
-        print(f"groundwave: {error}", file=sys.stderr)
+        _say(error)
         return 2
+    finally:
+        distributed.close()
 
 
 if __name__ == "__main__":

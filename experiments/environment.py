@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 
 _PACKAGES = ("numpy", "scipy", "torch", "jax", "jaxlib", "flax", "optax", "safetensors", "tokenizers", "hydra-core", "wandb")
 # A difference in one of these can change the last bit of a sum.
-_EXACT = ("python", "processor", "threads", "numpy", "scipy", "torch", "jax", "jaxlib", "flax", "optax")
+_EXACT = ("python", "processor", "threads", "numpy", "scipy", "torch", "jax", "jaxlib", "flax", "optax", "group")
 
 
 def describe() -> dict[str, str]:

@@ -24,9 +24,12 @@ EVENTS = "events.jsonl"
 class Events:
     """`counts`: events by kind that led to the present state of the run."""
 
-    def __init__(self, folder: Path, console: Console, tracker: Tracker, counts: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, console: Console, tracker: Tracker, counts: Mapping[str, int] | None = None, *, writes: bool = True
+    ) -> None:
+        """`writes`: whether this process is the one of its group that writes."""
         self.path = folder / EVENTS
-        self._console, self._tracker = console, tracker
+        self._console, self._tracker, self._writes = console, tracker, writes
         self.counts = dict(counts or {})
 
     def add(self, step: int, kind: str, message: str, *, level: str = "warning", counted: bool = True, **details: Any) -> None:
@@ -40,7 +43,8 @@ class Events:
     def note(self, step: int, kind: str, message: str, *, level: str = "warning", **details: Any) -> None:
         """Write a line to the file alone, about what was shown already."""
         line = {"step": step, "kind": kind, "level": level, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **details}
-        self._write(json.dumps(report.finite(line)))
+        if self._writes:
+            self._write(json.dumps(report.finite(line)))
 
     def _write(self, line: str) -> None:
         try:

@@ -33,7 +33,7 @@ class Oversight:
         self._state, self._tracker, self._said = state, tracker, said
         before = state.before
         recovery = before.get("recovery", {})
-        self.events = Events(state.folder, console, tracker, recovery.get("events"))
+        self.events = Events(state.folder, console, tracker, recovery.get("events"), writes=state.group.main)
         self.recovery = Recovery(state.config.recovery, self.events, recovery)
         self.ending = Ending(state.config, self.events, state.start, before.get("ending"))
         self.watch = Watch(state.config.monitors, before.get("monitors"), state.monitors)
@@ -95,6 +95,7 @@ class Oversight:
         if not self._state.config.recovery.enabled or self.recovery.good:
             return
         nats, _ = self._state.step.evaluate(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), None)
+        nats = self._state.group.share(lambda: nats)
         if not math.isfinite(nats):
             self.recovery.broken(number, f"the last step was skipped and held-out text has loss {nats}", partial(session.roll_back, self._state))
 
@@ -108,7 +109,7 @@ class Oversight:
         """Keep the state as the golden one if its validation is better than that of the one on disk, whoever wrote that."""
         if not self._state.config.recovery.golden or not math.isfinite(bits_per_byte):
             return
-        best = checkpoint.best(self._state.folder, self._state.config)
+        best = self._state.group.share(lambda: checkpoint.best(self._state.folder, self._state.config))
         if best is not None and best[1] <= bits_per_byte:
             return
         try:

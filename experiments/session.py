@@ -14,7 +14,7 @@ import numpy as np
 
 import runtime
 from conf.schema import TrainConfig
-from experiments import checkpoint, environment
+from experiments import checkpoint, distributed, environment
 from experiments.data import batches, corpus, tokens
 from experiments.errors import RunError
 from experiments.folder import METRICS, describe, plain
@@ -40,6 +40,7 @@ class Session:
     before: dict[str, Any] = field(default_factory=dict)  # the description of the checkpoint that the run goes on from
     monitors: dict[str, np.ndarray] = field(default_factory=dict)  # and its monitors' arrays
     notes: list[str] = field(default_factory=list)  # checkpoints that were passed over
+    group: distributed.Group = distributed.ALONE
 
     def parameters(self) -> int:
         """Trainable and frozen parameters, the tied head once, the memory bank left out."""
@@ -51,9 +52,12 @@ class Session:
 def prepare(config: TrainConfig, folder: Path) -> Session:
     """Read the data, build or restore the model, and write what describes the run. Raises RunError for what the user can put right."""
     notes: list[str] = []
-    resumed = _resumed(config, folder, notes)
+    group = distributed.join(config)
+    group.share(lambda: group.check(config.training))
+    resumed = group.share(lambda: _resumed(config, folder, notes))
     text = corpus.load(config.data)
-    tokenizer = tokens.tokenizer(config.data, text)
+    group.same("the text's sha256", text.sha256)
+    tokenizer = group.share(lambda: tokens.tokenizer(config.data, text))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise RunError(f"model.vocab_size: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}")
     training = config.training
@@ -68,20 +72,22 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
     except ImportError as error:
         raise RunError(f"backend: {error}") from error
     _threads(config)
-    step = make(model, config)
+    step = make(model, config, group)
     if resumed:
         step.restore(resumed.arrays, resumed.optimiser, resumed.states, resumed.updates)
-    described = environment.describe()
+    described = environment.describe() | {"group": group.describe()}
     data = {"sha256": text.sha256, "training_tokens": stream.tokens, "held_out_tokens": len(held_out), "files": text.listing()}
-    describe(folder, config, described, data)
+    if group.main:
+        describe(folder, config, described, data)
     if resumed:
-        _warn(resumed, described, text.sha256)
-    _trim(folder / METRICS, resumed.step if resumed else 0)
+        group.share(lambda: _warn(resumed, described, text.sha256))
+    if group.main:
+        _trim(folder / METRICS, resumed.step if resumed else 0)
     description = resumed.description if resumed else {}
     return Session(
         config, folder, tokenizer, stream, held_out, step, resumed.step if resumed else 0,
         description.get("tracker_id"), float(description.get("seconds", 0.0)), described, data, description,
-        resumed.monitors if resumed else {}, notes,
+        resumed.monitors if resumed else {}, notes, group,
     )
 
 
@@ -99,10 +105,25 @@ def save(session: Session, done: int, seconds: float, oversight: Mapping[str, An
         **{name: value for name, value in oversight.items() if name != "arrays"},
     }
     keep = max(config.checkpoint.keep, config.recovery.good_states) if config.recovery.enabled else config.checkpoint.keep
-    return checkpoint.save(
-        session.folder, step.model, step.optimiser_arrays(), step.carried(), description, keep, monitors=oversight["arrays"],
-        folder=checkpoint.GOLDEN if golden else checkpoint.FOLDER,
-    )
+    held = (step.optimiser_arrays(), step.carried(), step.arrays())
+    return session.group.share(lambda: checkpoint.save(
+        session.folder, step.model, held[0], held[1], description, keep, monitors=oversight["arrays"],
+        folder=checkpoint.GOLDEN if golden else checkpoint.FOLDER, arrays=held[2],
+    ))
+
+
+def alone(session: Session) -> None:
+    """Let process 0 go on by itself with all of the model. Every process of the group has to call it."""
+    config, step, group = session.config, session.step, session.group
+    if group.size == 1:
+        return
+    arrays, moments, carried = step.arrays(), step.optimiser_arrays(), step.carried()
+    session.group = distributed.ALONE
+    if not group.main:
+        return
+    model = runtime.build(config.architecture, config.model, backend=config.backend.name, arrays=arrays, dtype=config.backend.dtype)
+    session.step = make(model, config)
+    session.step.restore(arrays, moments, carried, step.steps_done)
 
 
 def roll_back(session: Session, tried: Collection[int]) -> tuple[int, Mapping[str, Any]]:
@@ -111,7 +132,7 @@ def roll_back(session: Session, tried: Collection[int]) -> tuple[int, Mapping[st
     Carried states come back with it: they are some steps of the same lanes older than the text that follows, and known to be healthy.
     """
     config, step = session.config, session.step
-    found = checkpoint.good(session.folder, tried, config.recovery.good_states)
+    found = session.group.share(lambda: checkpoint.good(session.folder, tried, config.recovery.good_states))
     if found is None:
         step.restore(init_arrays(config.architecture, config.model, config.seed), {}, {}, 0)
         return 0, {}

@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from conf.schema import TrainConfig
-from experiments import checkpoint, page, report, schedule, session, settings, trackers
+from conf.schema import TrackerConfig, TrainConfig
+from experiments import checkpoint, distributed, page, report, schedule, session, settings, trackers
 from experiments.data import batches
 from experiments.data.tokens import END
 from experiments.errors import RunError
@@ -47,21 +49,24 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
     Raises RunError for what the user can put right: paths, data, a checkpoint of another configuration, a folder in which another run is
     at work, losses that recovery could not cure.
     """
-    console = Console(soft_wrap=True)
+    processes = distributed.join(config)
+    console = Console(soft_wrap=True, quiet=not processes.main)
     said: list[str] = []
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        print(f"groundwave: {message}", file=sys.stderr)
+        if processes.main:
+            print(f"groundwave: {message}", file=sys.stderr)
         if issubclass(category, RuntimeWarning):
             said.append(str(message))
 
-    with warnings.catch_warnings(), RunLock(folder) as lock:
+    with processes.watched(), warnings.catch_warnings(), _locked(processes, folder) as lock:
         warnings.showwarning = show
         state = session.prepare(config, folder)
         if config.long_context:
             long_context.fitting(state.held_out, config.evaluation.lengths)
         tracker = trackers.make(
-            config.tracker, folder, settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
+            config.tracker if processes.main else TrackerConfig(name="none"), folder,
+            settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
             name=folder.name, group=group, tags=[config.architecture, config.backend.name], run_id=state.tracker_id,
         )
         try:
@@ -76,12 +81,25 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
                 oversight.events.add(state.start, "lock", lock.stale, counted=False)
             seconds = _loop(state, oversight, tracker, console)
             oversight.ending.check()
-            summary = _conclude(state, oversight, tracker, console, seconds)
+            session.alone(state)
+            summary = processes.share(lambda: _conclude(state, oversight, tracker, console, seconds))
             oversight.hear(oversight.ending.last)
         finally:
             tracker.finish()
-    _how_to_look(console, state, tracker)
+    if processes.main:
+        _how_to_look(console, state, tracker)
     return summary
+
+
+@contextmanager
+def _locked(processes: distributed.Group, folder: Path) -> Iterator[RunLock]:
+    """The folder's lock, which process 0 holds for all of its group."""
+    lock = RunLock(folder)
+    try:
+        processes.share(lambda: lock.acquire() and None)
+        yield lock
+    finally:
+        lock.release()
 
 
 def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Console) -> float:
@@ -91,7 +109,8 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
     seconds, saved = state.seconds, None
     live, profiler = console.is_terminal, Profiler(config, state.folder, console, state.start)
     stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
-    with open(state.folder / METRICS, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
+    place = state.folder / METRICS if state.group.main else os.devnull
+    with open(place, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
         bar = progress.add_task("training", total=last, completed=state.start, figures="")
         window_tokens, window_seconds = 0, 0.0
         for done in range(state.start + 1, last + 1):
@@ -239,7 +258,8 @@ def _figures(result: StepResult, rates: Mapping[str, float]) -> dict[str, float]
 
 
 def _validate(state: Session, lanes: np.ndarray) -> Validation:
-    return validate(state.step, lanes, state.tokenizer, state.config.training.context, state.config.evaluation.context_shift)
+    found = validate(state.step, lanes, state.tokenizer, state.config.training.context, state.config.evaluation.context_shift)
+    return state.group.share(lambda: found)  # what is decided by it is decided alike
 
 
 def _validation(found: Validation) -> dict[str, float]:

@@ -29,6 +29,7 @@ import numpy as np
 
 from conf.schema import TrainConfig
 from experiments.data.batches import Batch
+from experiments.distributed.group import ALONE, Group
 from experiments.monitors import context_shift
 from runtime.arrays import check
 
@@ -42,7 +43,7 @@ Gradients = dict[str, np.ndarray]
 class Totals:
     """What a group of rows has to know of the whole batch: its labels that count, the group's share of rows, mean norms of states."""
 
-    tokens: int
+    tokens: float  # of which a process that has rows of its own counts its share
     share: float
     norms: np.ndarray  # by layer, then by kind as `loss.state_penalty` names them; empty without a penalty
 
@@ -64,8 +65,10 @@ class StepResult:
 class TrainStep(ABC):
     """Owns the model, the optimiser and the states that are carried from step to step (rows in the order of the lanes)."""
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: Any, config: TrainConfig, group: Group = ALONE) -> None:
+        """`group`: the processes that the model is trained in; rows and carried states in here are then those of this one."""
+        self.model, self.config, self.group = model, config, group
+        self._last = True  # whether the micro-batch at hand is the last of its step
         self.steps_done = 0
         self.states: States | None = None
         self._totals: Totals | None = None  # of the batch at hand, where it goes through in groups
@@ -81,6 +84,7 @@ class TrainStep(ABC):
         `guard`: a loss, state or gradient norm that is not finite leaves parameters, optimiser, bank and carried states as they were, and
         a parameter's gradient that is not finite is zeroed. `inject`: what to add to the gradient that it is given.
         """
+        batch = self._mine(batch)
         fresh = batch.fresh or self.states is None or not self.config.training.carry_states
         before = self.zero_states(len(batch.ids)) if fresh else self.states
         ids, labels, states = batch.ids, batch.labels, before
@@ -89,7 +93,10 @@ class TrainStep(ABC):
         groups = self.config.training.accumulation
         rows = np.array_split(np.arange(len(ids)), groups)
         self._totals = self._totals_of(ids, labels, states, rows) if groups > 1 else None
-        outcomes = [self._accumulate(ids[chosen], labels[chosen], states if groups == 1 else self._rows(states, chosen)) for chosen in rows]
+        outcomes = []
+        for number, chosen in enumerate(rows, start=1):
+            self._last = number == groups
+            outcomes.append(self._accumulate(ids[chosen], labels[chosen], states if groups == 1 else self._rows(states, chosen)))
         parts, afters, auxes = zip(*outcomes, strict=True)
         after = afters[0] if groups == 1 else self._joined(afters)
         aux = auxes[-1]
@@ -112,7 +119,7 @@ class TrainStep(ABC):
             self._discard()
             self.states = before
         if details:
-            result.states, result.ssm_states = self._numpy(self.states), self._numpy(aux.get("ssm_states", []))
+            result.states, result.ssm_states = self._whole(self._numpy(self.states)), self._whole(self._numpy(aux.get("ssm_states", [])))
         return result
 
     def _totals_of(self, ids: np.ndarray, labels: np.ndarray, states: States, rows: list[np.ndarray]) -> Totals:
@@ -120,14 +127,15 @@ class TrainStep(ABC):
         settings, norms = self.config.loss, []
         if settings.state_weight and settings.state_penalty:
             for chosen in rows:
-                _, after = self.evaluate(ids[chosen], labels[chosen], self._rows(states, chosen))
+                _, after = self.evaluate(ids[chosen], labels[chosen], self._evaluable(self._rows(states, chosen)))
                 norms.append([np.linalg.norm(state[kind], axis=-1).mean() for state in self._numpy(after) for kind in settings.state_penalty])
-        return Totals(max(int((labels != IGNORED).sum()), 1), 1 / len(rows), np.mean(norms, axis=0) if norms else np.zeros(0))
+        tokens, *means = self._means([float((labels != IGNORED).sum()), *(np.mean(norms, axis=0) if norms else ())])
+        return Totals(tokens or 1.0, 1 / len(rows), np.array(means))
 
     def _guard(self, result: StepResult, after: States) -> None:
         """Say in `result` why the step must not be applied, or clean its gradient."""
         infinite = [f"{name} {value}" for name, value in result.losses.items() if not math.isfinite(value)]
-        finite = all(np.isfinite(value).all() for state in self._numpy(after) for value in state.values())
+        finite = self._finite(after)
         if infinite or not finite:
             result.skipped = ", ".join(infinite) or "a state that would be carried"
             return
@@ -172,14 +180,38 @@ class TrainStep(ABC):
 
     def carried(self) -> dict[str, np.ndarray]:
         """The carried states as a flat dict; empty before the first step."""
-        states = [] if self.states is None else self._numpy(self.states)
+        states = [] if self.states is None else self._whole(self._numpy(self.states))
         return {f"{layer}.{kind}": value for layer, state in enumerate(states) for kind, value in state.items()}
 
     def load_carried(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Inverse of `carried`."""
         layers = sorted({int(name.split(".")[0]) for name in arrays})
         states = [{name.split(".")[1]: value for name, value in arrays.items() if name.startswith(f"{layer}.")} for layer in layers]
-        self.states = self._native(states) if states else None
+        self.states = self._native(self._part(states)) if states else None
+
+    def _mine(self, batch: Batch) -> Batch:
+        """The rows of a batch that this process takes."""
+        return batch
+
+    def _part(self, tree: Any) -> Any:
+        """The rows that this process takes of NumPy arrays of all rows (B, ...)."""
+        return tree
+
+    def _whole(self, tree: Any) -> Any:
+        """NumPy arrays of all rows from those of this process: the inverse of `_part`."""
+        return tree
+
+    def _evaluable(self, states: States) -> States:
+        """States of training as `evaluate` takes them."""
+        return states
+
+    def _means(self, numbers: list[float]) -> list[float]:
+        """Means over the processes that have rows of their own."""
+        return numbers
+
+    def _finite(self, states: States) -> bool:
+        """Whether every entry of the states of all rows is finite."""
+        return all(np.isfinite(value).all() for state in self._numpy(states) for value in state.values())
 
     @abstractmethod
     def zero_states(self, batch_size: int) -> States:

@@ -16,6 +16,7 @@ import optax
 from jax import Array
 
 from conf.schema import LossConfig, TrainConfig
+from experiments.distributed.group import ALONE, Group
 from experiments.steps.base import IGNORED, Gradients, States, Totals, TrainStep
 from experiments.steps.groups import GROUPS, group_of
 from experiments.steps.jax_forward import options, training
@@ -61,15 +62,18 @@ class Functions:
     _made: ClassVar[dict[str, Functions]] = {}
 
     @classmethod
-    def of(cls, function: Any, params: Any, config: TrainConfig) -> Functions:
-        """The functions for a model's functional face, its parameters' structure and the parts of the configuration that are compiled in."""
+    def of(cls, function: Any, params: Any, config: TrainConfig, mesh: Any = None) -> Functions:
+        """The functions for a model's functional face, its parameters' structure and the parts of the configuration that are compiled in.
+
+        With a mesh, gradients and parameters are on all of its devices and states divided among them.
+        """
         how = (config.training.remat, config.training.precision)
-        key = repr((function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, how))
+        key = repr((mesh and mesh.describe(), function.config, config.backend.name, config.backend.dtype, config.loss, config.optimiser, how))
         if key not in cls._made:
-            cls._made[key] = cls(function, params, config)
+            cls._made[key] = cls(function, params, config, mesh)
         return cls._made[key]
 
-    def __init__(self, function: Any, params: Any, config: TrainConfig) -> None:
+    def __init__(self, function: Any, params: Any, config: TrainConfig, mesh: Any) -> None:
         self.function, self.config = function, config
         self.paths = {torch_name(path): path for path in flatten(params)}
         settings = config.optimiser
@@ -83,10 +87,15 @@ class Functions:
             },
             {name: group_of(name) for name in self.paths},
         )
-        self.gradient = jax.jit(self._gradient, compiler_options=options(config.training))
-        self.update = jax.jit(self._update)
-        self.norm = jax.jit(self._norm)
-        self.update_memory = jax.jit(function.update_memory) if hasattr(function, "update_memory") else None
+        everywhere, divided = ({"out_shardings": mesh.everywhere}, mesh.rows) if mesh else ({}, None)
+        placed = {"out_shardings": (mesh.everywhere, mesh.everywhere, mesh.rows, None)} if mesh else {}
+        self.gradient = jax.jit(self._gradient, compiler_options=options(config.training), **placed)
+        self.update = jax.jit(self._update, **everywhere)
+        self.norm = jax.jit(self._norm, **everywhere)
+        self.finite = jax.jit(self._finite, **everywhere)
+        self.rows = jax.jit(self._rows, out_shardings=divided)
+        self.joined = jax.jit(self._joined, out_shardings=divided)
+        self.update_memory = jax.jit(function.update_memory, **everywhere) if hasattr(function, "update_memory") else None
         self.evaluation = jax.jit(self._evaluation)
 
     def flat(self, params: Any) -> Flat:
@@ -117,6 +126,18 @@ class Functions:
     def _norm(gradient: Flat) -> Array:
         return jnp.sqrt(sum((leaf * leaf).sum() for leaf in gradient.values()))
 
+    @staticmethod
+    def _finite(states: States) -> Array:
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(states)]).all()
+
+    @staticmethod
+    def _rows(states: States, rows: Array) -> States:
+        return jax.tree.map(lambda leaf: leaf[rows], states)
+
+    @staticmethod
+    def _joined(groups: tuple[States, ...]) -> States:
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
+
     def _update(self, params: Any, optimiser: Any, gradient: Flat, rates: dict[str, Array]) -> tuple[Any, Any, Array]:
         total = self._norm(gradient)
         factor = jnp.minimum(1.0, self.config.optimiser.clip_norm / (total + 1e-6))  # torch's formula
@@ -137,12 +158,15 @@ class Functions:
 class JaxStep(TrainStep):
     """AdamW over the groups of `GROUPS`; leaves frozen by the configuration are buffers and in none of them."""
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
-        super().__init__(model, config)
-        self._functions = Functions.of(model.model, model.variables["params"], config)
+    def __init__(self, model: Any, config: TrainConfig, group: Group = ALONE) -> None:
+        super().__init__(model, config, group)
+        self._mesh: Any = None if group.name == "none" else group
+        self._functions = Functions.of(model.model, model.variables["params"], config, self._mesh)
+        self._evaluation = Functions.of(model.model, model.variables["params"], config).evaluation  # of every process by itself
         self._grads: Flat | None = None
         with self._precision():
-            self._optimiser = self._functions.transform.init(self._functions.flat(model.variables["params"]))
+            self._optimiser = self._put(self._functions.transform.init(self._functions.flat(model.variables["params"])))
+            self._hold(model.variables)
 
     def _precision(self) -> Any:
         return jax.enable_x64(self.config.backend.dtype == "float64")
@@ -162,7 +186,7 @@ class JaxStep(TrainStep):
     def _evaluated(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States, dict[str, Any]]:
         states = self.zero_states(len(ids)) if states is None else states
         with self._precision():
-            each, after, aux = self._functions.evaluation(self.model.variables, ids, labels, states)
+            each, after, aux = self._evaluation(self.model.variables, ids, labels, states)
         return float(np.asarray(each, dtype=np.float64).sum()), after, aux
 
     def optimiser_arrays(self) -> dict[str, np.ndarray]:
@@ -184,7 +208,7 @@ class JaxStep(TrainStep):
                 loaded = moments._replace(count=count, mu=self._load(moments.mu, "first", arrays), nu=self._load(moments.nu, "second", arrays))
                 chain = tuple(loaded if part is moments else part for part in held)
                 inner[group] = masked._replace(inner_state=masked.inner_state._replace(count=count, inner_state=chain))
-        self._optimiser = self._optimiser._replace(inner_states=inner)
+            self._optimiser = self._put(self._optimiser._replace(inner_states=inner))
 
     def _load(self, tree: Flat, label: str, arrays: Mapping[str, np.ndarray]) -> Flat:
         return {
@@ -200,17 +224,19 @@ class JaxStep(TrainStep):
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
         with self._precision():
             known, dtype = self._totals, self.config.backend.dtype
-            totals = None if known is None else {name: jnp.asarray(value, dtype) for name, value in vars(known).items()}
-            gradient, parts, after, aux = self._functions.gradient(self.model.variables, ids, labels, states, totals)
+            totals = None if known is None else self._put({name: jnp.asarray(value, dtype) for name, value in vars(known).items()})
+            if self._mesh is not None:
+                ids, labels, states = self._mesh.divided((ids, labels, states))
+            gradient, parts, after, aux = self._functions.gradient(self._variables, ids, labels, states, totals)
             self._grads = gradient if self._grads is None else jax.tree.map(jnp.add, self._grads, gradient)
         return jax.device_get(parts), after, aux
 
     def _apply(self, rates: Mapping[str, float]) -> float:
-        variables = self.model.variables
+        variables = self._variables
         with self._precision():
-            given = {group: jnp.asarray(rates[group], self.config.backend.dtype) for group in GROUPS}
+            given = self._put({group: jnp.asarray(rates[group], self.config.backend.dtype) for group in GROUPS})
             params, self._optimiser, total = self._functions.update(variables["params"], self._optimiser, self._grads, given)
-        self.model.variables = {**variables, "params": params}
+            self._hold({**variables, "params": params})
         self._grads = None
         return float(total)
 
@@ -221,7 +247,7 @@ class JaxStep(TrainStep):
         with self._precision():
             for name, value in gradients.items():
                 gradient = self._grads[name]
-                self._grads[name] = gradient + jnp.asarray(self._torch_layout(name, value), gradient.dtype)
+                self._grads[name] = gradient + self._put(jnp.asarray(self._torch_layout(name, value), gradient.dtype))
 
     def _norm(self) -> float:
         with self._precision():
@@ -231,7 +257,7 @@ class JaxStep(TrainStep):
         counts = {name: int((~np.isfinite(np.asarray(leaf))).sum()) for name, leaf in self._grads.items()}
         counts = {name: count for name, count in counts.items() if count}
         with self._precision():
-            self._grads |= {name: jnp.zeros_like(self._grads[name]) for name in counts}
+            self._grads |= {name: self._put(jnp.zeros(self._grads[name].shape, self._grads[name].dtype)) for name in counts}
         return counts
 
     def _discard(self) -> None:
@@ -239,29 +265,56 @@ class JaxStep(TrainStep):
 
     def _load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         with self._precision():
-            self.model.variables = self.model.model.variables(dict(arrays))
+            self._hold(self.model.model.variables(dict(arrays)))
 
     def _update_memory(self, aux: dict[str, Any]) -> None:
         with self._precision():
-            self.model.variables = self._functions.update_memory(self.model.variables, aux)
+            self._hold(self._functions.update_memory(self._variables, {"memory_rows": aux["memory_rows"]}))
 
     def _aux(self, ids: np.ndarray, states: States) -> dict[str, Any]:
         return self._evaluated(ids, ids, states)[2]
+
+    @property
+    def _variables(self) -> Any:
+        """The model's variables as training holds them: on all devices of the mesh, if there is one."""
+        return self.model.variables if self._mesh is None else self._everywhere
+
+    def _hold(self, variables: Any) -> None:
+        """Take over variables; with a mesh, `model` has the copies of one device."""
+        if self._mesh is not None:
+            self._everywhere = self._put(variables)
+            variables = self._mesh.own(self._everywhere)
+        self.model.variables = variables
+
+    def _put(self, tree: Any) -> Any:
+        return tree if self._mesh is None else self._mesh.replicated(tree)
+
+    def _evaluable(self, states: States) -> States:
+        return states if self._mesh is None else self._numpy(states)
+
+    def _finite(self, states: States) -> bool:
+        if self._mesh is None:
+            return super()._finite(states)
+        with self._precision():
+            return bool(np.asarray(self._functions.finite(states)))
 
     def _native(self, tree: Any) -> Any:
         with self._precision():
             return jax.tree.map(jnp.asarray, tree)
 
     def _numpy(self, tree: Any) -> Any:
-        return jax.tree.map(np.array, tree)
+        if self._mesh is None:
+            return jax.tree.map(np.array, tree)
+        with self._precision():
+            return self._mesh.whole(tree)
 
     def _rows(self, states: States, rows: np.ndarray) -> States:
         with self._precision():
-            return jax.tree.map(lambda leaf: leaf[rows], states)
+            return self._functions.rows(self._mesh.divided(states), rows) if self._mesh else jax.tree.map(lambda leaf: leaf[rows], states)
 
     def _joined(self, groups: tuple[States, ...]) -> States:
         with self._precision():
-            return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
+            return self._functions.joined(groups) if self._mesh else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
 
 
 def _moments(chain: tuple[Any, ...]) -> optax.ScaleByAdamState:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import LossConfig, TrainConfig
+from experiments.data.batches import Batch
+from experiments.distributed.group import ALONE, Group
 from experiments.steps.base import IGNORED, Gradients, States, Totals, TrainStep
 from experiments.steps.groups import GROUPS, group_of
 from experiments.steps.torch_forward import training
+from runtime.arrays import layout
 
 
 def norm(x: Tensor) -> Tensor:
@@ -23,12 +27,18 @@ def norm(x: Tensor) -> Tensor:
     return torch.where(positive, torch.sqrt(torch.where(positive, square, 1.0)), 0.0)
 
 
-def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfig, totals: Totals | None = None) -> dict[str, Tensor]:
-    """The loss and its weighted parts, or a group's share of them. logits (B, L, V), labels (B, L), states as the model returns them."""
+def loss_parts(
+    logits: Tensor, labels: Tensor, states: States, config: LossConfig, totals: Totals | None = None,
+    means: Callable[[Sequence[Tensor]], list[Tensor]] = list,
+) -> dict[str, Tensor]:
+    """The loss and its weighted parts, or a group's share of them. logits (B, L, V), labels (B, L), states as the model returns them; `means` of
+    the processes' numbers."""
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    cross_entropy = total / ((labels != IGNORED).sum().clamp(min=1) if totals is None else totals.tokens)
-    penalty = logits.new_zeros(())
+    smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else logits.new_zeros(())
     norms = [norm(state[kind]).mean() for state in states for kind in config.state_penalty if config.state_weight]
+    total, count, smoothness, *norms = means([total, (labels != IGNORED).sum(), smoothness, *norms])
+    cross_entropy = total / (torch.where(count > 0, count, 1) if totals is None else totals.tokens)
+    penalty = logits.new_zeros(())
     for place, mean in enumerate(norms):
         if totals is None:
             penalty = penalty + (mean - config.state_norm) ** 2
@@ -36,7 +46,6 @@ def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfi
             beyond = float(totals.norms[place]) - config.state_norm
             penalty = penalty + totals.share * (beyond**2 + 2 * beyond * (mean - float(totals.norms[place])))
     penalty = config.state_weight * penalty
-    smoothness = config.smooth_weight * norm(logits[:, 1:] - logits[:, :-1]).mean() if config.smooth_weight else logits.new_zeros(())
     smoothness = smoothness if totals is None else totals.share * smoothness
     return {"loss": cross_entropy + penalty + smoothness, "cross_entropy": cross_entropy, "state_penalty": penalty, "smoothness": smoothness}
 
@@ -44,9 +53,13 @@ def loss_parts(logits: Tensor, labels: Tensor, states: States, config: LossConfi
 class TorchStep(TrainStep):
     """AdamW over the groups of `GROUPS`; parameters frozen by the configuration are in none of them."""
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: Any, config: TrainConfig, group: Group = ALONE) -> None:
+        super().__init__(model, config, group)
         self.module = model.module
+        self._shared: Any = None if group.name == "none" else group  # processes of torch that train together
+        self._lanes = self._shared and self._shared.lanes(config.training.batch_size, config.training.accumulation)
+        if self._shared:
+            self._shared.shard(self.module)
         self._parameters = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         members: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
         for name, parameter in self._parameters.items():
@@ -63,7 +76,16 @@ class TorchStep(TrainStep):
         )
 
     def zero_states(self, batch_size: int) -> States:
-        return self.module.init_states(batch_size)
+        if self._shared is None:
+            return self.module.init_states(batch_size)
+        dtype = next(self.module.parameters()).dtype  # a sharded parameter makes sharded zeros
+        return [{kind: torch.zeros(shape, dtype=dtype) for kind, shape in shapes.items()} for shapes in self.module.state_shapes(batch_size)]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        if self._shared is None:
+            return super().arrays()
+        held = self.module.state_dict()
+        return {name: self._whole_array(held[name]) for name in layout(self.model.name, self.model.config)}
 
     @torch.no_grad()
     def evaluate(self, ids: np.ndarray, labels: np.ndarray, states: States | None) -> tuple[float, States]:
@@ -86,8 +108,8 @@ class TorchStep(TrainStep):
         for name, parameter in self._parameters.items():
             state = self._optimiser.state[parameter]
             if state:
-                arrays[f"first.{name}"] = state["exp_avg"].numpy().copy()
-                arrays[f"second.{name}"] = state["exp_avg_sq"].numpy().copy()
+                arrays[f"first.{name}"] = self._whole_array(state["exp_avg"])
+                arrays[f"second.{name}"] = self._whole_array(state["exp_avg_sq"])
         return arrays
 
     def load_optimiser(self, arrays: Mapping[str, np.ndarray], steps: int) -> None:
@@ -95,15 +117,25 @@ class TorchStep(TrainStep):
         for name, parameter in self._parameters.items():
             self._optimiser.state[parameter] = {
                 "step": torch.tensor(float(steps)),
-                "exp_avg": torch.from_numpy(arrays[f"first.{name}"].copy()),
-                "exp_avg_sq": torch.from_numpy(arrays[f"second.{name}"].copy()),
+                "exp_avg": self._held(arrays[f"first.{name}"].copy(), parameter),
+                "exp_avg_sq": self._held(arrays[f"second.{name}"].copy(), parameter),
             }
 
     def _accumulate(self, ids: np.ndarray, labels: np.ndarray, states: States) -> tuple[dict[str, Any], States, dict[str, Any]]:
-        with training(self.model.module, self.config.training):
-            logits, states, aux = self.module(torch.from_numpy(ids), states, return_aux=True)
-            parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._totals)
+        shared, due = self._shared, self._shared is not None and self._last and self._memory_due()
+        module = shared.trained(self.module) if shared else self.module
+        with (
+            training(self.module, self.config.training),
+            shared.reducing(module, self._last) if shared else nullcontext(),
+            shared.bank_rows(self.module) if due else nullcontext() as rows,
+        ):
+            logits, states, aux = module(torch.from_numpy(ids), states, return_aux=True)
+            parts = loss_parts(logits, torch.from_numpy(labels), states, self.config.loss, self._totals, shared.means if shared else list)
             parts["loss"].backward()
+        if shared and "gate" in aux:
+            aux = {**aux, "gate": shared.mean(aux["gate"])}
+        if due:
+            aux = {**aux, "memory_rows": rows()}
         detached = [{kind: value.detach() for kind, value in state.items()} for state in states]
         return {name: part.item() for name, part in parts.items()}, detached, aux
 
@@ -114,7 +146,7 @@ class TorchStep(TrainStep):
             group["lr"] = rates[group["name"]]
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
-        return total.item()
+        return self._full(total).item()
 
     def _fill(self) -> None:
         for parameter in self._parameters.values():
@@ -123,7 +155,7 @@ class TorchStep(TrainStep):
 
     def _gradients(self) -> Gradients:
         return {
-            name: np.zeros(tuple(parameter.shape)) if parameter.grad is None else parameter.grad.numpy().copy()
+            name: np.zeros(tuple(parameter.shape)) if parameter.grad is None else self._whole_array(parameter.grad)
             for name, parameter in self._parameters.items()
         }
 
@@ -131,14 +163,14 @@ class TorchStep(TrainStep):
         self._fill()
         for name, value in gradients.items():
             gradient = self._parameters[name].grad
-            gradient += torch.from_numpy(value).to(gradient)
+            gradient += self._held(value, gradient)
 
     def _norm(self) -> float:
         self._fill()
-        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters.values()]).item()
+        return self._full(torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters.values()])).item()
 
     def _clean(self) -> dict[str, int]:
-        counts = {name: int((~torch.isfinite(parameter.grad)).sum()) for name, parameter in self._parameters.items()}
+        counts = {name: int((~torch.isfinite(self._full(parameter.grad))).sum()) for name, parameter in self._parameters.items()}
         counts = {name: count for name, count in counts.items() if count}
         for name in counts:
             self._parameters[name].grad.zero_()
@@ -148,7 +180,10 @@ class TorchStep(TrainStep):
         self._optimiser.zero_grad(set_to_none=True)
 
     def _load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.module.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=True)
+        held = self.module.state_dict()
+        with torch.no_grad():
+            for name, value in arrays.items():
+                held[name].copy_(self._held(value, held[name]))
 
     def _update_memory(self, aux: dict[str, Any]) -> None:
         self.module.update_memory(aux)
@@ -156,6 +191,38 @@ class TorchStep(TrainStep):
     @torch.no_grad()
     def _aux(self, ids: np.ndarray, states: States) -> dict[str, Any]:
         return self.module(torch.from_numpy(ids), states, return_aux=True)[2]
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        return tensor if self._shared is None else self._shared.full(tensor)
+
+    def _whole_array(self, tensor: Tensor) -> np.ndarray:
+        """A copy of all of a tensor that may be sharded."""
+        return self._full(tensor).detach().cpu().numpy().copy()
+
+    def _held(self, value: np.ndarray, like: Tensor) -> Tensor:
+        """An array as `like` holds its own numbers, sharded if it is."""
+        tensor = torch.from_numpy(value).to(like.dtype)
+        return tensor if self._shared is None else self._shared.placed(tensor, like)
+
+    def _mine(self, batch: Batch) -> Batch:
+        return batch if self._lanes is None else Batch(batch.ids[self._lanes], batch.labels[self._lanes], batch.fresh)
+
+    def _part(self, tree: Any) -> Any:
+        return tree if self._lanes is None else _map(lambda leaf: leaf[self._lanes], tree)
+
+    def _whole(self, tree: Any) -> Any:
+        if self._shared is None:
+            return tree
+        size = self.config.training.batch_size // self._shared.size
+        accumulation = self.config.training.accumulation
+        return _map(lambda leaf: self._shared.whole(leaf, accumulation if len(leaf) == size else 1), tree)  # or of one micro-batch
+
+    def _means(self, numbers: list[float]) -> list[float]:
+        return numbers if self._shared is None else [mean.item() for mean in self._shared.means([torch.tensor(each).double() for each in numbers])]
+
+    def _finite(self, states: States) -> bool:
+        finite = super()._finite(states)
+        return finite if self._shared is None else self._shared.every(finite)
 
     def _native(self, tree: Any) -> Any:
         return _map(torch.from_numpy, tree)

@@ -31,7 +31,7 @@ CORES = [name for name in GROUPS["model"] if name.startswith("wavecore")]
 
 
 def test_tree_is_found() -> None:
-    assert set(GROUPS) == {"model", "backend", "data", "tracker", "launcher", "experiment", "debug"}
+    assert set(GROUPS) == {"model", "backend", "data", "tracker", "launcher", "distributed", "experiment", "debug"}
     assert GROUPS["backend"] == ["jax", "jax_compiled", "torch", "torch_compiled"] and "smoke" in GROUPS["experiment"]
 
 
@@ -39,7 +39,7 @@ def test_tree_is_found() -> None:
 def test_every_yaml_composes_validates_and_builds(choice: str) -> None:
     if choice in PLUGINS:
         pytest.importorskip(f"hydra_plugins.{PLUGINS[choice]}", reason=f"{PLUGINS[choice]} is not installed (groundwave[sweep])")
-    backends = [] if choice.startswith("backend=") else ["backend=torch"]
+    backends = [] if choice.startswith("backend=") else ["backend=jax" if choice == "distributed=jax" else "backend=torch"]
     # The largest model is built with few slots: what is tested is the YAML, and its fields are all the same type.
     bank = ["model.memory_size=5"] if "grounded_mamba" in choice else []
     small = ["model.dim=16", "model.depth=1", *bank] if choice.startswith("model=") else []
@@ -71,7 +71,8 @@ def test_control_yaml_and_schema_say_the_same_defaults() -> None:
 def test_yaml_and_schema_say_the_same_defaults() -> None:
     """Except where the YAML chooses a model and a place: nothing is trained with a number that the schema does not show."""
     composed, default = cli.validate(cli.composed([])), schema.TrainConfig()
-    for section in ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint", "comparison", "debug", "rate_finder", "sweep"):
+    sections = ("backend", "data", "optimiser", "loss", "training", "evaluation", "checkpoint")
+    for section in (*sections, "comparison", "debug", "rate_finder", "sweep", "distributed"):
         assert getattr(composed, section) == getattr(default, section), section
 
 
@@ -112,6 +113,10 @@ WRONG = {
     "comparison with an unknown model": (["comparison.models=[lstm_tiny]"], "comparison.models: lstm_tiny: "),
     "comparison with a field that is not the model's": (['comparison.models=["gru_tiny seed=3"]'], "only fields of the model may stand behind"),
     "comparison with a field of another model": (['comparison.models=["gru_tiny model.heads=3"]'], "comparison.models: gru_tiny model.heads=3: "),
+    "distribution of another framework": (["distributed=ddp", "backend=jax"], "'ddp' needs backend.name 'torch' or 'torch_compiled', found 'jax'"),
+    "mesh without jax": (["distributed=jax", "backend=torch"], "distributed.name='jax' needs backend.name 'jax', found 'torch'"),
+    "distribution without its processes": (["distributed=fsdp2"], "the environment lacks RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with"),
+    "comparison in several processes": (["experiment=compare", "distributed=ddp"], "comparison.models are compared in one process"),
     "bad config printed": (["--cfg", "job", "model.dim=97"], "found dim=97"),
 }
 

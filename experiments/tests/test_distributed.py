@@ -1,0 +1,209 @@
+"""Several processes or devices train as one does: the same curve, the same checkpoints, one voice, and none is left waiting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conf.schema import DistributedConfig, TrainingConfig
+from experiments import checkpoint, distributed, report
+from experiments.distributed.group import Group
+from experiments.errors import EchoError, RunError
+from experiments.tests import tiny
+from experiments.tests.processes import STEPS
+
+LEFT_OUT = ("time/", "memory/", "leak/")  # of a process, not of what it trains
+
+
+def processes(framework: str, root: Path, text: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.tests.processes", framework, str(root), str(text)], capture_output=True, text=True, timeout=900,
+        check=False, cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def torch_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("torch")
+    return root, processes("torch", root, text)
+
+
+@pytest.fixture(scope="module")
+def jax_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("jax")
+    return root, processes("jax", root, text)
+
+
+def same_run(found: Path, expected: Path, bound: float, steps: int = STEPS, updates: int = STEPS) -> None:
+    """Every number that was logged, and the newest checkpoint, to `bound` relative to the larger of it and one."""
+    rows = [
+        {(row["step"], name): value for row in report.read_metrics(folder / "metrics.jsonl") for name, value in row.items() if kept(name)}
+        for folder in (found, expected)
+    ]
+    assert len([key for key in rows[1] if key[1] == "train/loss"]) == steps
+    # Runs that are stopped end with a validation of their own, in another place than one that is not.
+    logged = {key for key in rows[1] if not key[1].startswith(("final/", "validation/", "drift/"))}
+    assert logged <= rows[0].keys()
+    for key in logged:
+        assert rows[0][key] == (None if rows[1][key] is None else pytest.approx(rows[1][key], rel=bound, abs=bound)), key
+    first, second = checkpoint.newest(found), checkpoint.newest(expected)
+    assert first is not None and second is not None and (first.step, first.updates) == (second.step, second.updates) == (steps, updates)
+    for kind in ("arrays", "optimiser", "states"):
+        mine, other = getattr(first, kind), getattr(second, kind)
+        assert mine.keys() == other.keys()
+        for name in other:
+            np.testing.assert_allclose(mine[name], other[name], rtol=bound, atol=bound, err_msg=name)
+    assert second.arrays["blocks.0.rwkv.writes"] == updates // 2  # the bank was written, and has been read
+
+
+def kept(name: str) -> bool:
+    return not name.startswith(LEFT_OUT) and name != "step"
+
+
+def test_ddp_fsdp2_and_one_process_go_on_from_each_other(torch_runs: tuple[Path, dict[str, Any]]) -> None:
+    """Steps 1 to 3 by DDP, 4 to 6 by FSDP2, the rest by one process: as one process from the start. float64 parts only what differs in meaning."""
+    root, runs = torch_runs
+    for name in ("one", "ddp", "fsdp2", "again"):
+        assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
+    (folder,) = (root / "chain").iterdir()  # processes 0 and 1 agree on where they are, and so do the runs that go on
+    same_run(folder, root / "one", 1e-11)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6  # of the FSDP2 run, whose conclusion is process 0's alone
+    assert "group was 2 processes, ddp, is 2 processes, fsdp2" in runs["fsdp2"]["err"][0]
+    assert "group was 2 processes, fsdp2, is one process" in runs["again"]["err"][0]
+
+
+def test_only_process_0_speaks(torch_runs: tuple[Path, dict[str, Any]]) -> None:
+    _, runs = torch_runs
+    assert "bits per byte" in runs["fsdp2"]["out"][0]
+    for name in ("ddp", "fsdp2"):
+        assert "How to look at this" in runs[name]["out"][0]
+        assert (runs[name]["out"][1], runs[name]["err"][1]) == ("", "")
+    assert runs["ddp"]["err"][0] == ""
+
+
+def test_loss_that_is_nan_in_one_process_is_skipped_by_all_and_they_go_back_together(torch_runs: tuple[Path, dict[str, Any]]) -> None:
+    """As one process does whose loss is NaN in the same micro-batch."""
+    root, runs = torch_runs
+    assert runs["poisoned"]["codes"] == [0, 0] and runs["one_poisoned"]["codes"] == [0], (runs["poisoned"]["err"], runs["one_poisoned"]["err"])
+    events = [json.loads(line) for line in (root / "poisoned" / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["kind"], event.get("back_to")) for event in events] == [(3, "nonfinite_loss", None), (3, "explosion", 2)]
+    same_run(root / "poisoned", root / "one_poisoned", 1e-11, steps=4, updates=3)
+
+
+def test_process_that_dies_ends_the_other_with_one_line(torch_runs: tuple[Path, dict[str, Any]]) -> None:
+    _, runs = torch_runs
+    assert runs["killed"]["codes"] == [2, 9], runs["killed"]["err"]
+    assert runs["killed"]["seconds"] < 300
+    (line,) = runs["killed"]["err"][0].strip().splitlines()
+    assert line.startswith("groundwave: distributed: another of the 2 processes ended or did not answer in time: ")
+
+
+def test_two_jax_processes_and_four_devices_train_as_one_process_of_torch(
+    jax_runs: tuple[Path, dict[str, Any]], torch_runs: tuple[Path, dict[str, Any]]
+) -> None:
+    """Steps 1 to 4 by two processes with two devices each, the rest by one with four."""
+    root, runs = jax_runs
+    for name in ("two", "four"):
+        assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
+    assert all(line.startswith("[Gloo]") for line in runs["two"]["out"][1].splitlines()) and runs["two"]["err"] == ["", ""]
+    assert "group was 2 processes, 4 devices, jax, is one process, 4 devices, jax" in runs["four"]["err"][0]
+    same_run(root / "mesh", torch_runs[0] / "one", 1e-9)  # as the frameworks agree in `test_steps`
+
+
+class Told(Group):
+    """Process 1, which is told what process 0 sends."""
+
+    rank, size, parts = 1, 2, 2
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+
+    def _send(self, message: bytes | None) -> bytes:
+        if not self._message:
+            raise RuntimeError("Connection closed by peer")
+        return self._message
+
+    def _lost(self, error: RuntimeError) -> str | None:
+        return str(error) if "closed" in str(error) else None
+
+
+class Telling(Told):
+    """Process 0, whose messages are kept."""
+
+    rank = 0
+
+    def _send(self, message: bytes | None) -> bytes:
+        self._message = message or b""
+        return self._message
+
+
+def test_what_process_0_finds_or_cannot_do_is_shared() -> None:
+    first = Telling(b"")
+    assert first.share(lambda: {"a": 1}) == {"a": 1} and Told(first._message).share(lambda: 1 / 0) == {"a": 1}
+    with pytest.raises(RunError, match="no such folder"):
+        first.share(failing)
+    with pytest.raises(EchoError, match="no such folder"):
+        Told(first._message).share(lambda: None)
+    with pytest.raises(RunError, match=r"another of the 2 processes ended .*: Connection closed by peer"):
+        Told(b"").share(lambda: None)
+    first.same("the text", "abc")
+    Told(first._message).same("the text", "abc")
+    with pytest.raises(RunError, match="the text is xyz here, abc in process 0"):
+        Told(first._message).same("the text", "xyz")
+    with pytest.raises(RuntimeError, match="something else"), first.watched():
+        raise RuntimeError("something else")
+
+
+def failing() -> None:
+    raise RunError("no such folder")
+
+
+def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.said(RunError("a")) == "a" and distributed.said(EchoError("a")) is None
+    monkeypatch.setenv("RANK", "1")  # before the group is joined
+    assert distributed.said(RunError("a")) is None
+    monkeypatch.setattr(distributed, "_joined", [Told(b"")])
+    assert distributed.said(RunError("a")) == "process 1: a"
+
+
+def test_batch_is_held_to_the_number_of_parts() -> None:
+    group = Told(b"")
+    group.check(TrainingConfig(batch_size=8, accumulation=2))
+    with pytest.raises(RunError, match="found batch_size=9 and accumulation=3"):
+        group.check(TrainingConfig(batch_size=9, accumulation=3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "horovod"}, "name must be one of 'none', 'ddp', 'fsdp2', 'jax'"),
+        ({"name": "ddp", "processes": 2}, "processes and process must be given together"),
+        ({"name": "ddp", "processes": 2, "process": 2}, r"process must lie in \[0, processes\)"),
+        ({"name": "fsdp2", "address": "here"}, "address of fsdp2 must be file:///FOLDER/FILE or tcp://HOST:PORT, found 'here'"),
+        ({"name": "jax", "address": "here"}, "address of jax must be HOST:PORT or auto, found 'here'"),
+        ({"name": "jax", "address": "here:80"}, "processes and process must be given with address='here:80'"),
+        ({"name": "jax", "timeout": 0.0}, "timeout must lie in"),
+    ],
+)
+def test_impossible_sections(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributedConfig(**fields)
+
+
+def test_group_is_joined_once_and_needs_to_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.join(tiny.config()) is distributed.ALONE
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RunError, match=r"the environment lacks RANK, .*; start with torchrun --nproc-per-node=2 .* distributed=ddp"):
+        distributed.join(tiny.config(distributed=DistributedConfig(name="ddp")))
+    monkeypatch.setattr(distributed, "_joined", [Told(b"")])
+    with pytest.raises(RunError, match="in a group of 'none' already and cannot join one of 'ddp'"):
+        distributed.join(tiny.config(distributed=DistributedConfig(name="ddp")))
