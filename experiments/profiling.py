@@ -37,11 +37,11 @@ class Operator:
 class Profiler:
     """Profiles `debug.profile_steps` steps of a run, after `debug.profile_after` others have compiled and warmed what there is."""
 
-    def __init__(self, config: TrainConfig, folder: Path, console: Console, start: int) -> None:
-        """`start`: number of steps done before."""
+    def __init__(self, config: TrainConfig, folder: Path, console: Console, start: int, main: bool = True) -> None:
+        """`start`: number of steps done before. Of several processes the `main` one alone is profiled."""
         self._settings, self._folder, self._console = config.debug, folder / FOLDER, console
         self._first = start + config.debug.profile_after + 1
-        self._end = min(self._first + config.debug.profile_steps, config.training.last_step + 1)
+        self._end = min(self._first + config.debug.profile_steps, config.training.last_step + 1) if main else self._first
         self._trace = (_JaxTrace if config.backend.name in ("jax", "jax_compiled") else _TorchTrace)(self._folder)
 
     @contextmanager

@@ -107,7 +107,7 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
     config, last = state.config, oversight.ending.last
     lanes = batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size)
     seconds, saved = state.seconds, None
-    live, profiler = console.is_terminal, Profiler(config, state.folder, console, state.start)
+    live, profiler = console.is_terminal, Profiler(config, state.folder, console, state.start, state.group.main)
     stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
     place = state.folder / METRICS if state.group.main else os.devnull
     with open(place, "a", encoding="utf-8") as metrics, progress_bar(console) as progress:
@@ -129,7 +129,8 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
             if details:
                 values |= oversight.look(result, done)
             if done % config.evaluation.every == 0 and done < last:
-                found = _validate(state, lanes)
+                measured = _validate(state, lanes)
+                found = state.group.share(lambda measured=measured: measured)  # what is decided by it is the same everywhere
                 values |= _validation(found)
                 oversight.validated(done, found.bits_per_byte)
                 values |= oversight.drift(done)
@@ -196,7 +197,7 @@ def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: C
         tracker.table("long_context/table", rows[0].columns(), [row.values() for row in rows], last)
         tracker.image("long_context/plot", report.save(report.long_context_figure(rows), folder / "long_context"), last)
         if config.evaluation.puzzles:
-            summary |= _examine(state, lanes, final, tracker, console)
+            summary |= _examine(state, lanes, final, tracker, console, last)
     if config.evaluation.sample_tokens:
         text = _sample(state)
         (folder / "sample.txt").write_text(text, encoding="utf-8")
@@ -219,9 +220,9 @@ def _conclude(state: Session, oversight: Oversight, tracker: Tracker, console: C
     return summary
 
 
-def _examine(state: Session, lanes: np.ndarray, final: Validation, tracker: Tracker, console: Console) -> dict[str, float]:
+def _examine(state: Session, lanes: np.ndarray, final: Validation, tracker: Tracker, console: Console, last: int) -> dict[str, float]:
     """What the states are good for, and the tasks of reasoning: a table, and the numbers for the summary."""
-    config, last = state.config, state.config.training.last_step
+    config = state.config
     found = validation.run(
         state.step, lanes, state.held_out, state.tokenizer, config.training.context, config.evaluation.puzzles, config.monitors, measured=final
     )
