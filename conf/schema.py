@@ -15,6 +15,7 @@ from conf.comparison_schema import ComparisonConfig
 from conf.debug_schema import DebugConfig, EarlyStoppingConfig, RateFinderConfig, SweepConfig
 from conf.distributed_schema import DistributedConfig
 from conf.models import DeltaNetConfig, GroundedMambaConfig, between, choice, whole
+from conf.tracker_schema import TrackerConfig
 
 MODELS = {"grounded_mamba": GroundedMambaConfig, "deltanet_lm": DeltaNetConfig, "transformer": TransformerConfig, "gru": GruConfig}
 BACKENDS = ("torch", "torch_compiled", "jax", "jax_compiled")
@@ -23,9 +24,6 @@ PARTS = ("topics", "docstrings", "source")
 TOKENIZERS = ("bytes", "bpe")
 BYTE_VOCABULARY = 258  # 256 bytes, end of document, padding
 STATE_KINDS = {"grounded_mamba": ("ssm", "wkv"), "deltanet_lm": ("S",), "transformer": (), "gru": ("h",)}  # states whose norm a penalty can hold
-TRACKERS = ("wandb", "none")
-TRACKER_MODES = ("offline", "online", "disabled")
-ARTIFACTS = ("none", "final", "all")
 PRECISIONS = ("full", "bfloat16")
 UNFREEZE = ("none", "soft_reset", "selective_reinit", "gradient_injection")
 
@@ -286,23 +284,6 @@ class MonitorsConfig:
 
 
 @dataclass(frozen=True)
-class TrackerConfig:
-    """Where the run is logged besides its own folder. `artifacts`: which checkpoints are copied into W&B."""
-
-    name: str = "wandb"
-    mode: str = "offline"
-    project: str = "groundwave"
-    entity: str | None = None
-    group: str | None = None
-    artifacts: str = "final"
-
-    def __post_init__(self) -> None:
-        choice(self, "name", TRACKERS)
-        choice(self, "mode", TRACKER_MODES)
-        choice(self, "artifacts", ARTIFACTS)
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Root of `train.yaml`. `model` holds an object of the class that `architecture` names in `MODELS`."""
 
@@ -348,4 +329,6 @@ class TrainConfig:
                 f"model.vocab_size must be at least data.vocab_size, found model.vocab_size={self.model.vocab_size} "
                 f"and data.vocab_size={self.data.vocab_size}"
             )
+        if self.rate_finder.enabled and self.distributed.name != "none":
+            raise ValueError(f"rate_finder looks in one process, found distributed.name={self.distributed.name}")
         self.distributed.check(self.backend.name, permuted=self.data.permute_rows, compared=bool(self.comparison.models))

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(first.run_dir or Path(first.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-search")
     from experiments.cli import COMMANDS, writable
 
+    if first.distributed.name != "none":
+        raise RunError(f"sweep: trials run in one process, found distributed.name={first.distributed.name}")
     COMMANDS["train"].check(first)
     writable(folder)
     try:
