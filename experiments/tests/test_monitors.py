@@ -199,7 +199,7 @@ def states(*rows: list[float]) -> list[dict[str, np.ndarray]]:
 
 def test_context_shift_by_cosine() -> None:
     before, after = states([1.0, 0.0], [1.0, 0.0], [0.0, 0.0]), states([0.9, 0.436], [0.7, 0.714], [5.0, 5.0])
-    np.testing.assert_allclose(context_shift.cosines(before, after), [0.9, 0.7, 1.0], rtol=1e-3)
+    np.testing.assert_allclose(context_shift.cosines(before, after), [0.9, 0.7, 1.0], rtol=1e-3)  # the rows above are of length one to three digits
     rows = context_shift.shifted(before, after, 0.8)
     assert rows.tolist() == [False, True, False] and context_shift.shifted(None, after, 0.8).tolist() == [False] * 3
     zeros = [{kind: np.zeros_like(value) for kind, value in after[0].items()}]

@@ -24,7 +24,7 @@ from rich.console import Console
 from parity_tests.harness import ahead, report
 from parity_tests.harness.battery import TIERS, Battery, Result, run_case
 from parity_tests.harness.bounds import Bound
-from parity_tests.harness.case import Case, CaseError, StateProtocol, Trajectory
+from parity_tests.harness.case import Case, CaseError, StateProtocol
 from parity_tests.harness.tests import toy
 from parity_tests.harness.tests.toy import CASE
 
@@ -314,41 +314,6 @@ def test_inputs_go_by_their_place_and_not_by_their_name() -> None:
 
     case = Case("order", lambda: Reference(7, 7), lambda: Candidate(7, 7, rngs=nnx.Rngs(0)), inputs, regimes=("as is",))
     assert run_case(case, tiers=("optimiser",)).held
-
-
-def steep(factor: float, steps: int, **other: Any) -> Case:
-    """A layer whose training multiplies roundings the more, the steeper it is."""
-
-    class Reference(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.sin(factor * super().forward(x))
-
-    class Candidate(nnx.Linear):
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return jnp.sin(factor * super().__call__(x))
-
-    return Case("steep", lambda: Reference(7, 3), lambda: Candidate(7, 3, rngs=nnx.Rngs(0)),
-                lambda seed: {"x": np.random.default_rng(seed).normal(size=(5, 7))}, regimes=("as is",),
-                trajectory=Trajectory(steps=steps, lr=3e-3), **other)
-
-
-def test_a_trajectory_that_multiplies_roundings_is_measured_by_the_reference() -> None:
-    """Four blocks of GroundedMamba at a rate of 3e-3 end 1.4e-8 apart, and torch from weights a rounding away ends 3.9e-7 from itself."""
-    calm, rough = run_case(steep(3.0, 20), tiers=("optimiser",)), run_case(steep(1000.0, 20), tiers=("optimiser",))
-    assert calm.held and {check.allowed for check in calm.checks} == {1e-9}
-    loss = next(check for check in rough.checks if check.leaf == "loss")
-    assert rough.held, rough.sentence
-    assert 1e-9 < loss.value < loss.allowed <= 1e-5 and "a rounding of the first weights" in loss.reason
-
-
-def test_a_trajectory_that_multiplies_roundings_hides_no_bug_and_says_when_it_says_nothing() -> None:
-    case = steep(1000.0, 20)
-    battery = Battery(case)
-    battery.candidate.trajectory = replace(case.trajectory, eps=1e-5)
-    assert not battery.tier("optimiser").held
-    wild = run_case(steep(1000.0, 50), tiers=("optimiser",))
-    assert not wild.held
-    assert all("take fewer steps or a lower rate" in check.detail for check in wild.checks if not check.held and check.quantity == "relative L2")
 
 
 class TorchState(NamedTuple):
