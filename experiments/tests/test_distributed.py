@@ -15,7 +15,7 @@ from conf.schema import DistributedConfig, TrainingConfig
 from experiments import checkpoint, distributed, report
 from experiments.distributed.group import Group
 from experiments.errors import EchoError, RunError
-from experiments.tests import tiny
+from experiments.tests import process_steps, tiny
 from experiments.tests.processes import STEPS
 
 LEFT_OUT = ("time/", "memory/", "leak/")  # of a process, not of what it trains
@@ -98,24 +98,69 @@ def test_loss_that_is_nan_in_one_process_is_skipped_by_all_and_they_go_back_toge
     same_run(root / "poisoned", root / "one_poisoned", 1e-11, steps=4, updates=3)
 
 
-def test_process_that_dies_ends_the_other_with_one_line(torch_runs: tuple[Path, dict[str, Any]]) -> None:
-    _, runs = torch_runs
-    assert runs["killed"]["codes"] == [2, 9], runs["killed"]["err"]
-    assert runs["killed"]["seconds"] < 300
-    (line,) = runs["killed"]["err"][0].strip().splitlines()
-    assert line.startswith("groundwave: distributed: another of the 2 processes ended or did not answer in time: ")
+def one_line(runs: dict[str, Any], name: str, begins: str, rank: int = 0) -> None:
+    """What process `rank` said on stderr."""
+    (line,) = runs[name]["err"][rank].strip().splitlines()
+    assert line.startswith(f"groundwave: {begins}"), line
+
+
+def test_process_that_is_killed_ends_the_other_with_one_line_and_two_others_go_on_to_the_same_bits(
+    torch_runs: tuple[Path, dict[str, Any]]
+) -> None:
+    root, runs = torch_runs
+    assert runs["killed"]["codes"] == [-9, 2], runs["killed"]["err"]
+    one_line(runs, "killed", "process 1: distributed: another of the 2 processes ended or did not answer in time: ", rank=1)
+    assert runs["killed"]["seconds"] < 300  # of a timeout of 600
+    assert runs["whole"]["codes"] == runs["resumed"]["codes"] == [0, 0], runs["resumed"]["err"]
+    assert "went on from the checkpoint of step 4" in runs["resumed"]["out"][0]
+    same_run(root / "killed", root / "whole", 0.0)
+
+
+def test_process_that_hangs_ends_the_other_with_one_line(torch_runs: tuple[Path, dict[str, Any]]) -> None:
+    root, runs = torch_runs
+    assert runs["stopped"]["codes"] == [2, 2], runs["stopped"]["err"]
+    for rank, speaker in enumerate(("", "process 1: ")):
+        one_line(runs, "stopped", f"{speaker}distributed: another of the 2 processes ended or did not answer in time: ", rank)
+    assert "5000ms" in runs["stopped"]["err"][0] and runs["stopped"]["seconds"] < 300
+    found = checkpoint.newest(root / "stopped")
+    assert found is not None and found.step == 4
+
+
+def test_jax_process_that_hangs_ends_the_other_with_one_line(jax_runs: tuple[Path, dict[str, Any]]) -> None:
+    _, runs = jax_runs
+    assert runs["stopped"]["codes"][0] == 2 and runs["stopped"]["codes"][1] in (0, 2), runs["stopped"]["err"]
+    one_line(runs, "stopped", "distributed: aborted by JAX, as where another of the 2 processes ended or did not answer in time")
+    assert runs["stopped"]["seconds"] < 300
 
 
 def test_two_jax_processes_and_four_devices_train_as_one_process_of_torch(
     jax_runs: tuple[Path, dict[str, Any]], torch_runs: tuple[Path, dict[str, Any]]
 ) -> None:
-    """Steps 1 to 4 by two processes with two devices each, the rest by one with four."""
+    """Steps 1 to 4 by two processes with two devices each, process 0 killed at step 6, steps 5 to the last by one process with four."""
     root, runs = jax_runs
-    for name in ("two", "four"):
-        assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
-    assert all(line.startswith("[Gloo]") for line in runs["two"]["out"][1].splitlines()) and runs["two"]["err"] == ["", ""]
+    assert runs["two"]["codes"] == [-9, 2] and runs["four"]["codes"] == [0], (runs["two"]["err"], runs["four"]["err"])
+    assert all(line.startswith("[Gloo]") for line in runs["two"]["out"][1].splitlines()) and runs["two"]["err"][0] == ""
+    assert runs["two"]["out"][0].count("How to look at this") == 1
+    one_line(runs, "two", "process 1: distributed: a", rank=1)  # of another that ended, or aborted by JAX, whichever is noticed first
     assert "group was 2 processes, 4 devices, jax, is one process, 4 devices, jax" in runs["four"]["err"][0]
+    assert "went on from the checkpoint of step 4" in runs["four"]["out"][0]
     same_run(root / "mesh", torch_runs[0] / "one", 1e-9)  # as the frameworks agree in `test_steps`
+
+
+@pytest.mark.parametrize(("model", "backend"), [*process_steps.TORCH, *process_steps.JAX])
+def test_other_models_train_as_in_one_process(model: str, backend: str, request: pytest.FixtureRequest) -> None:
+    """Losses, parameters, moments and carried states of two steps, in every process, by DDP and FSDP2, or by two processes of JAX."""
+    framework, kinds, bound = ("jax", ("jax",), 1e-9) if backend == "jax" else ("torch", ("ddp", "fsdp2"), 1e-12)
+    root, runs = request.getfixturevalue(f"{framework}_runs")
+    expected = process_steps.trained(model, "torch")
+    for kind in kinds:
+        run = runs["models" if kind == "jax" else f"models.{kind}"]
+        assert run["codes"] == [0, 0], run["err"]
+        for rank in range(2):
+            with np.load(root / f"{kind}.{model}.{backend}.{rank}.npz") as found:
+                assert set(found.files) == expected.keys()
+                for name, value in expected.items():
+                    np.testing.assert_allclose(found[name], value, rtol=bound, atol=bound, err_msg=f"{kind} {rank} {name}")
 
 
 class Told(Group):
