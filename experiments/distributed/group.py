@@ -71,6 +71,17 @@ class Group:
             raise failed
         return value
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Around what goes wrong with a RunError in every process or in none: process 0 says it."""
+        try:
+            yield
+        except RunError as error:
+            self._told = error
+            if self.main or isinstance(error, EchoError):
+                raise
+            raise EchoError(str(error)) from error
+
     def same(self, what: str, value: object) -> None:
         """Raise RunError, in the process where it is so, unless `value` is process 0's."""
         expected = self.share(lambda: value)
