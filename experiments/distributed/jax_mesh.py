@@ -6,7 +6,7 @@ those of the global batch with no line written for it; the compiler puts in the 
 runs in every process by itself, on its first device, with that device's copy.
 
 Several processes find each other by `jax.distributed.initialize`; on CPUs they talk through gloo. One that lost another has an error from gloo,
-or is aborted by a thread of JAX, which notices one that hangs as well, within one and a half times the timeout: `_say_if_aborted`.
+or is aborted by a thread of JAX, which also notices one whose threads stand still: `_say_if_aborted`.
 """
 
 from __future__ import annotations

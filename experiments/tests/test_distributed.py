@@ -203,8 +203,33 @@ def test_what_process_0_finds_or_cannot_do_is_shared() -> None:
     Told(first._message).same("the text", "abc")
     with pytest.raises(RunError, match="the text is xyz here, abc in process 0"):
         Told(first._message).same("the text", "xyz")
+    assert not first.broken
     with pytest.raises(RuntimeError, match="something else"), first.watched():
         raise RuntimeError("something else")
+    assert first.broken
+
+
+def test_what_goes_wrong_in_every_process_is_process_0s_and_breaks_no_group() -> None:
+    first, second = Telling(b""), Told(b"")
+    for group, kind in ((first, RunError), (second, EchoError)):
+        with pytest.raises(RunError, match="no such folder") as found, group.watched(), group.alike():
+            failing()
+        assert type(found.value) is kind and not group.broken
+    with pytest.raises(RunError, match="no such folder"), first.watched():
+        first.share(failing)
+    assert not first.broken
+    with pytest.raises(RunError, match="no such folder") as alone, second.watched():
+        failing()
+    assert type(alone.value) is RunError and second.broken
+
+
+def test_what_gloo_says_through_jax_is_a_lost_process_whatever_the_error() -> None:
+    group = Told(b"")
+    for error in (RuntimeError("connection closed"), ValueError("UNKNOWN: Gloo AllGather failed: connection closed")):
+        with pytest.raises(RunError, match=r"another of the 2 processes ended .*: .*connection closed"), group.watched():
+            raise error
+    with pytest.raises(ValueError, match=r"^the shop is closed$"), group.watched():
+        raise ValueError("the shop is closed")
 
 
 def failing() -> None:
@@ -216,7 +241,28 @@ def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")  # before the group is joined
     assert distributed.said(RunError("a")) is None
     monkeypatch.setattr(distributed, "_joined", [Told(b"")])
-    assert distributed.said(RunError("a")) == "process 1: a"
+    assert distributed.said(RunError("a")) == "process 1: a" and distributed.said(KeyboardInterrupt("a")) is None
+
+
+def test_who_is_silent_under_torchrun_waits_to_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(distributed.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.second_word(RunError("a")) is None and not waited  # not under torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert distributed.second_word(KeyboardInterrupt("a")) is None and not waited
+    assert distributed.second_word(RunError("a")) == "process 1: a" and distributed.second_word(EchoError("a")) is None
+    assert len(waited) == 2 and min(waited) > 5
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.second_word(RunError("a")) is None and len(waited) == 2
+
+
+@pytest.mark.parametrize(("name", "advice"), [("none", "add distributed=ddp"), ("jax", "start each without torchrun.* distributed.processes=2 ")])
+def test_under_torchrun_only_what_torchrun_can_join(name: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=rf"distributed.name='{name}': torchrun started 2 processes, and each would train alone; {advice}"):
+        distributed.join(tiny.config("jax" if name == "jax" else "torch", distributed=DistributedConfig(name=name)))
 
 
 def test_batch_is_held_to_the_number_of_parts() -> None:
