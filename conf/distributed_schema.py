@@ -17,7 +17,8 @@ class DistributedConfig:
 
     ddp, fsdp2: `address` None takes what torchrun sets; file:///FOLDER/FILE or tcp://HOST:PORT need `processes` and `process`, or RANK and
     WORLD_SIZE in the environment. jax: None is one process with all of its devices; HOST:PORT of process 0 needs `processes` and `process`;
-    auto asks the cluster (SLURM, Open MPI, TPU). After `timeout` seconds without an answer a process ends.
+    auto asks the cluster (SLURM, Open MPI, TPU). After `timeout` seconds without an answer a process ends. In JAX the
+    processes' own threads answer, so that one which is alive and slow is waited for, and the limit is 100 seconds at most.
     """
 
     name: str = "none"

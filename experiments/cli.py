@@ -322,7 +322,7 @@ def run_sweep(arguments: list[str]) -> int:
 
 
 def _say(error: RunError | KeyboardInterrupt) -> None:
-    line = distributed.said(error)
+    line = distributed.said(error) or distributed.second_word(error)
     if line is not None:
         print(f"groundwave: {line}", file=sys.stderr, flush=True)
 

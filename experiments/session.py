@@ -58,12 +58,13 @@ def prepare(config: TrainConfig, folder: Path) -> Session:
     text = corpus.load(config.data)
     group.same("the text's sha256", text.sha256)
     tokenizer = group.share(lambda: tokens.tokenizer(config.data, text))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise RunError(f"model.vocab_size: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}")
-    training = config.training
-    kind = batches.OneBatch if config.debug.overfit_batch else batches.Stream
-    stream = kind(batches.encode(text.training, tokenizer), training.batch_size, training.context, config.seed)
-    held_out = batches.held_out(batches.encode(text.validation, tokenizer))
+    with group.alike():
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise RunError(f"model.vocab_size: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}")
+        training = config.training
+        kind = batches.OneBatch if config.debug.overfit_batch else batches.Stream
+        stream = kind(batches.encode(text.training, tokenizer), training.batch_size, training.context, config.seed)
+        held_out = batches.held_out(batches.encode(text.validation, tokenizer))
     try:
         model = runtime.build(
             config.architecture, config.model, backend=config.backend.name, arrays=resumed.arrays if resumed else None,

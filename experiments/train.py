@@ -63,7 +63,8 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
         warnings.showwarning = show
         state = session.prepare(config, folder)
         if config.long_context:
-            long_context.fitting(state.held_out, config.evaluation.lengths)
+            with processes.alike():
+                long_context.fitting(state.held_out, config.evaluation.lengths)
         tracker = trackers.make(
             config.tracker if processes.main else TrackerConfig(name="none"), folder,
             settings={**dataclasses.asdict(config), "environment": state.environment, "data_sha256": state.data["sha256"]},
@@ -80,7 +81,8 @@ def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[
             if lock.stale:
                 oversight.events.add(state.start, "lock", lock.stale, counted=False)
             seconds = _loop(state, oversight, tracker, console)
-            oversight.ending.check()
+            with processes.alike():
+                oversight.ending.check()
             session.alone(state)
             summary = processes.share(lambda: _conclude(state, oversight, tracker, console, seconds))
             oversight.hear(oversight.ending.last)
@@ -105,7 +107,9 @@ def _locked(processes: distributed.Group, folder: Path) -> Iterator[RunLock]:
 def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Console) -> float:
     """Train to the last step; the seconds of training, those before a resume included."""
     config, last = state.config, oversight.ending.last
-    lanes = batches.lanes(state.held_out, config.evaluation.tokens, config.evaluation.batch_size)
+    settings = config.evaluation
+    with state.group.alike():  # those of the end as well: what is wrong with them is said before the first step
+        lanes, _ = (batches.lanes(state.held_out, tokens, settings.batch_size) for tokens in (settings.tokens, settings.final_tokens))
     seconds, saved = state.seconds, None
     live, profiler = console.is_terminal, Profiler(config, state.folder, console, state.start, state.group.main)
     stride = max(last // 20 // config.training.log_every, 1) * config.training.log_every  # some twenty lines where there is no bar
@@ -116,7 +120,7 @@ def _loop(state: Session, oversight: Oversight, tracker: Tracker, console: Conso
         for done in range(state.start + 1, last + 1):
             details = done % config.training.monitor_every == 0
             rates = schedule.rates(done, config.training.steps, config.optimiser)
-            with profiler.around(done):
+            with profiler.around(done), state.group.alike():
                 started = time.perf_counter()
                 result, rates = oversight.step(state.stream.batch(done - 1), rates, done, details=details)
                 elapsed = time.perf_counter() - started

@@ -24,7 +24,8 @@ class Group:
     rank = 0
     size = 1
     parts = 1
-    broken = False  # whether another process was lost
+    broken = False  # whether another process was lost, or this one leaves without the others knowing
+    _told: BaseException | None = None  # the error that the others were sent
 
     @property
     def main(self) -> bool:
@@ -63,11 +64,23 @@ class Group:
             value, failed = make(), None
         except RunError as error:
             value, failed = None, error
+            self._told = error
         with self.watched():
             self._send(pickle.dumps((value, None if failed is None else str(failed))))
         if failed is not None:
             raise failed
         return value
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Around what goes wrong with a RunError in every process or in none: process 0 says it."""
+        try:
+            yield
+        except RunError as error:
+            self._told = error
+            if self.main or isinstance(error, EchoError):
+                raise
+            raise EchoError(str(error)) from error
 
     def same(self, what: str, value: object) -> None:
         """Raise RunError, in the process where it is so, unless `value` is process 0's."""
@@ -77,14 +90,16 @@ class Group:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn the errors of a process that lost another into a RunError of one line."""
+        """Turn the errors of a process that lost another into a RunError of one line; any error that is not everybody's breaks the group."""
         try:
             yield
-        except RuntimeError as error:
-            reason = self._lost(error)
+        except BaseException as error:
+            self.broken = self.broken or not (isinstance(error, EchoError) or error is self._told)
+            # JAX makes a ValueError of what gloo says where a program is run at once.
+            of_gloo = isinstance(error, ValueError) and "gloo" in str(error).lower()
+            reason = self._lost(error) if of_gloo or isinstance(error, RuntimeError) else None
             if reason is None:
                 raise
-            self.broken = True
             raise RunError(f"distributed: another of the {self.size} processes ended or did not answer in time: {reason}") from error
 
     def close(self) -> None:
@@ -94,7 +109,7 @@ class Group:
         """The message of process 0, which alone gives one."""
         raise NotImplementedError("one process has nobody to send to")
 
-    def _lost(self, error: RuntimeError) -> str | None:
+    def _lost(self, error: Exception) -> str | None:
         """What an error says about the connection to the others; None if it is about something else."""
         return None
 

@@ -5,13 +5,18 @@ gathering of weights. Under `jit` an array means the whole of it, so the loss, i
 those of the global batch with no line written for it; the compiler puts in the sums. What is not training (validation, monitors, samples)
 runs in every process by itself, on its first device, with that device's copy.
 
-Several processes find each other by `jax.distributed.initialize`; on CPUs they talk through gloo.
+Several processes find each other by `jax.distributed.initialize`; on CPUs they talk through gloo. One that lost another has an error from gloo,
+or is aborted by a thread of JAX, which also notices one whose threads stand still: `_say_if_aborted`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import signal
 import sys
+import time
 from typing import Any
 
 import jax
@@ -25,6 +30,8 @@ from experiments.errors import RunError
 
 _HEARTBEAT = 100.0  # seconds; JAX's own default
 _LEAST = 4095  # bytes of a message, less one
+_PLACE = re.compile(r"\[\S+\.cc:\d+\] ")  # in gloo's sources
+_GRACE = 10.0  # seconds that a process has to say what it lost
 _LOST = ("gloo", "connection closed", "connection reset", "unavailable", "deadline_exceeded", "heartbeat", "timed out", "aborted", "coordination")
 
 
@@ -41,15 +48,19 @@ class JaxMesh(Group):
         self.mesh = Mesh(np.array(jax.devices()), ("data",))
         self.rows = NamedSharding(self.mesh, PartitionSpec("data"))
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        if self.size > 1:
+            self._say_if_aborted()
 
     def describe(self) -> str:
         return f"{self.processes()}, {self.parts} devices, jax"
 
     def close(self) -> None:
-        if self.broken:  # JAX's own way out waits for the process that is gone, and then aborts
+        error = sys.exc_info()[1]
+        # JAX's own way out waits for the others, who wait for this process or are gone, and then aborts.
+        if self.broken and self.size > 1 and (error is None or isinstance(error, SystemExit)):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(2)
+            os._exit(error.code if error is not None and isinstance(error.code, int) else 2)
 
     def divided(self, tree: Any) -> Any:
         """Whole arrays, the same in every process, divided by rows."""
@@ -90,9 +101,29 @@ class JaxMesh(Group):
                 room[:size] = np.frombuffer(message, np.uint8)
             return np.asarray(multihost_utils.broadcast_one_to_all(room)).astype(np.uint8)[:size].tobytes()
 
-    def _lost(self, error: RuntimeError) -> str | None:
-        text = " ".join(str(error).split())
+    def _lost(self, error: Exception) -> str | None:
+        text = _PLACE.sub("", " ".join(str(error).split()))
         return text[:200] if self.size > 1 and any(sign in text.lower() for sign in _LOST) else None
+
+    def _say_if_aborted(self) -> None:
+        """Say a line and end with status 2 where JAX aborts this process.
+
+        `signal.signal` would wait for the main thread, which may never again run a line of Python; and the call that JAX offers for a lost
+        process dies of its own argument before it is called.
+        """
+        speaker = "" if self.main else f"process {self.rank}: "
+        line = f"groundwave: {speaker}distributed: aborted by JAX, as where another of the {self.size} processes ended or did not answer in time\n"
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_int)
+        def handler(_: int) -> None:
+            if self.broken:
+                time.sleep(_GRACE)  # the main thread knows, is about to say so, and leaves
+            else:
+                os.write(2, line.encode())
+            os._exit(2)
+
+        self._handler = handler  # which C knows by its address alone
+        ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def _initialise(settings: DistributedConfig) -> None:

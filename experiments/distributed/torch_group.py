@@ -180,7 +180,7 @@ class TorchGroup(Group):
         dist.broadcast(buffer, 0)
         return buffer.numpy().tobytes()
 
-    def _lost(self, error: RuntimeError) -> str | None:
+    def _lost(self, error: Exception) -> str | None:
         text = str(error)
         return _first_line(error) if any(sign in text.lower() for sign in _LOST) else None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from conf.schema import DistributedConfig, TrainConfig
 from experiments import cli, distributed, train
 from experiments.errors import RunError
+from experiments.tests import process_steps
 
 STEPS = 8
 MODEL = [
@@ -32,14 +34,22 @@ Fault = Callable[[int], None]  # of the number of the process, before it
 
 
 def launch(root: Path, name: str, jobs: Sequence[Job], environment: dict[str, str], fault: Fault | None = None) -> dict[str, Any]:
-    """One process for each job; exit codes, stdout and stderr of each, and the seconds until the last one ended."""
-    started, children = time.monotonic(), []
+    """One process for each job; exit codes, stdout and stderr of each, and the seconds until the last one ended.
+
+    A process that a fault stopped goes on when another one has ended.
+    """
+    started, children, ended = time.monotonic(), [], {}
     for rank, job in enumerate(jobs):
         children.append(os.fork())
         if children[-1] == 0:
             os.environ.update(environment | {"RANK": str(rank), "WORLD_SIZE": str(len(jobs))})
             _child(root / f"{name}.{rank}", job, rank, fault)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    while len(ended) < len(children):
+        child, status = os.wait()
+        ended[child] = os.waitstatus_to_exitcode(status)
+        for other in set(children) - ended.keys():
+            os.kill(other, signal.SIGCONT)
+    codes = [ended[child] for child in children]
     written = {kind: [(root / f"{name}.{rank}.{kind}").read_text() for rank in range(len(children))] for kind in ("out", "err")}
     return {"codes": codes, "seconds": time.monotonic() - started, **written}
 
@@ -66,13 +76,18 @@ def command(arguments: list[str]) -> Job:
     return lambda: cli.main(["train", *arguments])
 
 
-def run(config: TrainConfig, folder: Path, stop_at: int | None = None, **sections: Any) -> Job:
-    """A run in a folder that is known, as `command` makes it but for Hydra, which takes longer than the training does."""
-    config = replace(config, training=replace(config.training, stop_at=stop_at), **sections)
+def run(config: TrainConfig, folder: Path, stop_at: int | None = None, *, on: bool = False, **sections: Any) -> Job:
+    """A run in a folder that is known, as `command` makes it but for Hydra, which takes longer than the training does.
+
+    `on`: in the same process another one goes on from where it stopped.
+    """
+    config = replace(config, **sections)
+    runs = [replace(config, training=replace(config.training, stop_at=stop_at)), *([replace(config, resume="auto")] if on else [])]
 
     def job() -> int:
         try:
-            train.run(config, folder)
+            for each in runs:
+                train.run(each, folder)
             return 0
         except RunError as error:
             cli._say(error)
@@ -110,24 +125,46 @@ def poisoned(victim: int) -> Fault:
     return fault
 
 
-def killed(rank: int) -> None:
-    """Process 1 ends at step 3, as one that is killed does."""
-    from experiments.steps.base import TrainStep
+def struck(victim: int, by: signal.Signals) -> Fault:
+    """Process `victim` is killed or stopped at the beginning of its step 6."""
 
-    original, calls = TrainStep.step, [0]
+    def fault(rank: int) -> None:
+        from experiments.steps.base import TrainStep
 
-    def step(self: TrainStep, *given: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 3:
-            os._exit(9)
-        return original(self, *given, **options)
+        original, calls = TrainStep.step, [0]
 
-    if rank == 1:
-        TrainStep.step = step  # type: ignore[method-assign]
+        def step(self: TrainStep, *given: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 6:
+                os.kill(os.getpid(), by)
+            return original(self, *given, **options)
+
+        brief(rank)
+        if rank == victim:
+            TrainStep.step = step  # type: ignore[method-assign]
+
+    return fault
+
+
+def stopped(settings: DistributedConfig) -> Job:
+    """Process 1 is stopped while process 0 waits for it."""
+
+    def job() -> int:
+        group = distributed.join(replace(process_steps.configuration(*process_steps.JAX[0]), distributed=settings))
+        group.share(lambda: "all are here")
+        if not group.main:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.share(lambda: "all are still here")
+        return 0
+
+    return job
 
 
 def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
-    """Eight steps of one process; the same by DDP, FSDP2 and one process in turn; a NaN in one process of two, and in the only one; a death."""
+    """Eight steps of one process; the same by DDP, FSDP2 and one process in turn; a NaN in one process of two, and in the only one.
+
+    Eight by DDP, and the same where process 0 is killed at step 6 and two others go on; process 1 of FSDP2 stopped at step 6. Other models.
+    """
     import torch
 
     import runtime.torch_backend  # noqa: F401
@@ -136,9 +173,14 @@ def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
     model = [*model, "backend=torch"]
     base, local = cli.validate(cli.composed(model)), {"GLOO_SOCKET_IFNAME": "lo"}
 
-    def group(kind: str, folder: Path, stop_at: int | None = None, **sections: Any) -> list[Job]:
-        settings = DistributedConfig(kind, address=f"file://{root}/{folder.name}.{kind}", timeout=600)
-        return [run(base, folder, stop_at, distributed=settings, **sections)] * 2
+    def meeting(kind: str, name: str, timeout: float = 600.0) -> DistributedConfig:
+        return DistributedConfig(kind, address=f"file://{root}/{name}.meeting", timeout=timeout)
+
+    def group(kind: str, folder: Path, stop_at: int | None = None, name: str = "", timeout: float = 600.0, **sections: Any) -> list[Job]:
+        return [run(base, folder, stop_at, distributed=meeting(kind, name or folder.name, timeout), **sections)] * 2
+
+    def models(kind: str) -> list[Job]:
+        return [process_steps.job(root, kind, process_steps.TORCH, meeting(kind, f"models.{kind}"))] * 2
 
     asked = ["distributed=ddp", f"distributed.address=file://{root}/meeting", f"output_dir={root}/chain", "training.stop_at=3"]
     runs = {
@@ -153,26 +195,46 @@ def with_torch(root: Path, model: list[str]) -> dict[str, Any]:
         "again": launch(root, "again", [run(base, chain, resume="auto")], {}, brief),
         "poisoned": launch(root, "poisoned", group("fsdp2", root / "poisoned", 4, **poison), local, poisoned(1)),
         "one_poisoned": launch(root, "one_poisoned", [run(base, root / "one_poisoned", 4, **poison)], {}, poisoned(0)),
-        "killed": launch(root, "killed", group("ddp", root / "killed"), local, killed),
+        "whole": launch(root, "whole", group("ddp", root / "whole"), local, brief),
+        "killed": launch(root, "killed", group("ddp", root / "killed"), local, struck(0, signal.SIGKILL)),
+        "resumed": launch(root, "resumed", group("ddp", root / "killed", name="resumed", resume="auto"), local, brief),
+        "stopped": launch(root, "stopped", group("fsdp2", root / "stopped", timeout=5.0), local, struck(1, signal.SIGSTOP)),
+        **{f"models.{kind}": launch(root, f"models.{kind}", models(kind), local) for kind in ("ddp", "fsdp2")},
     }
 
 
 def with_jax(root: Path, model: list[str]) -> dict[str, Any]:
-    """Eight steps: half of them by two processes of two devices each, the other half by one process of four."""
+    """Eight steps: half of them by two processes of two devices each, of which process 0 is killed at step 6, the other half by one process of four.
+
+    Process 1 of two stopped. Other models, by two processes.
+    """
     import runtime.jax_backend  # noqa: F401
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    def meeting(rank: int, port: int, timeout: float = 600.0) -> DistributedConfig:
+        return DistributedConfig("jax", f"127.0.0.1:{port}", processes=2, process=rank, timeout=timeout)
+
+    first, second, third = _ports(3)
     base = cli.validate(cli.composed([*model, "backend=jax", "distributed=jax", "evaluation.every=100"]))
     mesh = root / "mesh"
-    two = [
-        run(base, mesh, 4, distributed=DistributedConfig("jax", f"127.0.0.1:{port}", processes=2, process=rank, timeout=600)) for rank in range(2)
-    ]
+    two = [run(base, mesh, 4, on=True, distributed=meeting(rank, first)) for rank in range(2)]
+    models = [process_steps.job(root, "jax", process_steps.JAX, meeting(rank, third)) for rank in range(2)]
     return {
-        "two": launch(root, "two", two, _devices(2), brief),
+        "two": launch(root, "two", two, _devices(2), struck(0, signal.SIGKILL)),
         "four": launch(root, "four", [run(base, mesh, resume="auto")], _devices(4), brief),
+        "stopped": launch(root, "stopped", [stopped(meeting(rank, second, 5.0)) for rank in range(2)], _devices(1)),
+        "models": launch(root, "models", models, _devices(1)),
     }
+
+
+def _ports(count: int) -> list[int]:
+    """Free ones, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    found = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return found
 
 
 def _devices(count: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ from conf.schema import DistributedConfig, TrainingConfig
 from experiments import checkpoint, distributed, report
 from experiments.distributed.group import Group
 from experiments.errors import EchoError, RunError
-from experiments.tests import tiny
+from experiments.tests import process_steps, tiny
 from experiments.tests.processes import STEPS
 
 LEFT_OUT = ("time/", "memory/", "leak/")  # of a process, not of what it trains
@@ -98,24 +98,69 @@ def test_loss_that_is_nan_in_one_process_is_skipped_by_all_and_they_go_back_toge
     same_run(root / "poisoned", root / "one_poisoned", 1e-11, steps=4, updates=3)
 
 
-def test_process_that_dies_ends_the_other_with_one_line(torch_runs: tuple[Path, dict[str, Any]]) -> None:
-    _, runs = torch_runs
-    assert runs["killed"]["codes"] == [2, 9], runs["killed"]["err"]
-    assert runs["killed"]["seconds"] < 300
-    (line,) = runs["killed"]["err"][0].strip().splitlines()
-    assert line.startswith("groundwave: distributed: another of the 2 processes ended or did not answer in time: ")
+def one_line(runs: dict[str, Any], name: str, begins: str, rank: int = 0) -> None:
+    """What process `rank` said on stderr."""
+    (line,) = runs[name]["err"][rank].strip().splitlines()
+    assert line.startswith(f"groundwave: {begins}"), line
+
+
+def test_process_that_is_killed_ends_the_other_with_one_line_and_two_others_go_on_to_the_same_bits(
+    torch_runs: tuple[Path, dict[str, Any]]
+) -> None:
+    root, runs = torch_runs
+    assert runs["killed"]["codes"] == [-9, 2], runs["killed"]["err"]
+    one_line(runs, "killed", "process 1: distributed: another of the 2 processes ended or did not answer in time: ", rank=1)
+    assert runs["killed"]["seconds"] < 300  # of a timeout of 600
+    assert runs["whole"]["codes"] == runs["resumed"]["codes"] == [0, 0], runs["resumed"]["err"]
+    assert "went on from the checkpoint of step 4" in runs["resumed"]["out"][0]
+    same_run(root / "killed", root / "whole", 0.0)
+
+
+def test_process_that_hangs_ends_the_other_with_one_line(torch_runs: tuple[Path, dict[str, Any]]) -> None:
+    root, runs = torch_runs
+    assert runs["stopped"]["codes"] == [2, 2], runs["stopped"]["err"]
+    for rank, speaker in enumerate(("", "process 1: ")):
+        one_line(runs, "stopped", f"{speaker}distributed: another of the 2 processes ended or did not answer in time: ", rank)
+    assert "5000ms" in runs["stopped"]["err"][0] and runs["stopped"]["seconds"] < 300
+    found = checkpoint.newest(root / "stopped")
+    assert found is not None and found.step == 4
+
+
+def test_jax_process_that_hangs_ends_the_other_with_one_line(jax_runs: tuple[Path, dict[str, Any]]) -> None:
+    _, runs = jax_runs
+    assert runs["stopped"]["codes"][0] == 2 and runs["stopped"]["codes"][1] in (0, 2), runs["stopped"]["err"]
+    one_line(runs, "stopped", "distributed: aborted by JAX, as where another of the 2 processes ended or did not answer in time")
+    assert runs["stopped"]["seconds"] < 300
 
 
 def test_two_jax_processes_and_four_devices_train_as_one_process_of_torch(
     jax_runs: tuple[Path, dict[str, Any]], torch_runs: tuple[Path, dict[str, Any]]
 ) -> None:
-    """Steps 1 to 4 by two processes with two devices each, the rest by one with four."""
+    """Steps 1 to 4 by two processes with two devices each, process 0 killed at step 6, steps 5 to the last by one process with four."""
     root, runs = jax_runs
-    for name in ("two", "four"):
-        assert set(runs[name]["codes"]) == {0}, (name, runs[name]["err"])
-    assert all(line.startswith("[Gloo]") for line in runs["two"]["out"][1].splitlines()) and runs["two"]["err"] == ["", ""]
+    assert runs["two"]["codes"] == [-9, 2] and runs["four"]["codes"] == [0], (runs["two"]["err"], runs["four"]["err"])
+    assert all(line.startswith("[Gloo]") for line in runs["two"]["out"][1].splitlines()) and runs["two"]["err"][0] == ""
+    assert runs["two"]["out"][0].count("How to look at this") == 1
+    one_line(runs, "two", "process 1: distributed: a", rank=1)  # of another that ended, or aborted by JAX, whichever is noticed first
     assert "group was 2 processes, 4 devices, jax, is one process, 4 devices, jax" in runs["four"]["err"][0]
+    assert "went on from the checkpoint of step 4" in runs["four"]["out"][0]
     same_run(root / "mesh", torch_runs[0] / "one", 1e-9)  # as the frameworks agree in `test_steps`
+
+
+@pytest.mark.parametrize(("model", "backend"), [*process_steps.TORCH, *process_steps.JAX])
+def test_other_models_train_as_in_one_process(model: str, backend: str, request: pytest.FixtureRequest) -> None:
+    """Losses, parameters, moments and carried states of two steps, in every process, by DDP and FSDP2, or by two processes of JAX."""
+    framework, kinds, bound = ("jax", ("jax",), 1e-9) if backend == "jax" else ("torch", ("ddp", "fsdp2"), 1e-12)
+    root, runs = request.getfixturevalue(f"{framework}_runs")
+    expected = process_steps.trained(model, "torch")
+    for kind in kinds:
+        run = runs["models" if kind == "jax" else f"models.{kind}"]
+        assert run["codes"] == [0, 0], run["err"]
+        for rank in range(2):
+            with np.load(root / f"{kind}.{model}.{backend}.{rank}.npz") as found:
+                assert set(found.files) == expected.keys()
+                for name, value in expected.items():
+                    np.testing.assert_allclose(found[name], value, rtol=bound, atol=bound, err_msg=f"{kind} {rank} {name}")
 
 
 class Told(Group):
@@ -158,8 +203,33 @@ def test_what_process_0_finds_or_cannot_do_is_shared() -> None:
     Told(first._message).same("the text", "abc")
     with pytest.raises(RunError, match="the text is xyz here, abc in process 0"):
         Told(first._message).same("the text", "xyz")
+    assert not first.broken
     with pytest.raises(RuntimeError, match="something else"), first.watched():
         raise RuntimeError("something else")
+    assert first.broken
+
+
+def test_what_goes_wrong_in_every_process_is_process_0s_and_breaks_no_group() -> None:
+    first, second = Telling(b""), Told(b"")
+    for group, kind in ((first, RunError), (second, EchoError)):
+        with pytest.raises(RunError, match="no such folder") as found, group.watched(), group.alike():
+            failing()
+        assert type(found.value) is kind and not group.broken
+    with pytest.raises(RunError, match="no such folder"), first.watched():
+        first.share(failing)
+    assert not first.broken
+    with pytest.raises(RunError, match="no such folder") as alone, second.watched():
+        failing()
+    assert type(alone.value) is RunError and second.broken
+
+
+def test_what_gloo_says_through_jax_is_a_lost_process_whatever_the_error() -> None:
+    group = Told(b"")
+    for error in (RuntimeError("connection closed"), ValueError("UNKNOWN: Gloo AllGather failed: connection closed")):
+        with pytest.raises(RunError, match=r"another of the 2 processes ended .*: .*connection closed"), group.watched():
+            raise error
+    with pytest.raises(ValueError, match=r"^the shop is closed$"), group.watched():
+        raise ValueError("the shop is closed")
 
 
 def failing() -> None:
@@ -171,7 +241,28 @@ def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")  # before the group is joined
     assert distributed.said(RunError("a")) is None
     monkeypatch.setattr(distributed, "_joined", [Told(b"")])
-    assert distributed.said(RunError("a")) == "process 1: a"
+    assert distributed.said(RunError("a")) == "process 1: a" and distributed.said(KeyboardInterrupt("a")) is None
+
+
+def test_who_is_silent_under_torchrun_waits_to_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(distributed.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.second_word(RunError("a")) is None and not waited  # not under torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert distributed.second_word(KeyboardInterrupt("a")) is None and not waited
+    assert distributed.second_word(RunError("a")) == "process 1: a" and distributed.second_word(EchoError("a")) is None
+    assert len(waited) == 2 and min(waited) > 5
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.second_word(RunError("a")) is None and len(waited) == 2
+
+
+@pytest.mark.parametrize(("name", "advice"), [("none", "add distributed=ddp"), ("jax", "start each without torchrun.* distributed.processes=2 ")])
+def test_under_torchrun_only_what_torchrun_can_join(name: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=rf"distributed.name='{name}': torchrun started 2 processes, and each would train alone; {advice}"):
+        distributed.join(tiny.config("jax" if name == "jax" else "torch", distributed=DistributedConfig(name=name)))
 
 
 def test_batch_is_held_to_the_number_of_parts() -> None:
