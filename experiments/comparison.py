@@ -2,6 +2,7 @@
 
     RUN/pilot/LABEL-rateX/                  short runs, one for each learning rate that is tried
     RUN/LABEL-seedN/                        a run as `groundwave train` makes it, and measured.json with what was measured of it
+    RUN/speeds.json                         tokens per second of all, measured in turns when all are trained
     RUN/comparison.{json,md,svg,png}        the table: mean and standard deviation over the seeds
 
 Whatever is there of the same configuration is kept: a comparison that was stopped goes on with what is missing, from the newest checkpoint
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +24,17 @@ from rich.table import Table
 
 from conf.comparison_schema import ComparisonConfig
 from conf.schema import CheckpointConfig, TrackerConfig, TrainConfig
-from experiments import checkpoint, comparison_table, environment, report, trackers, train
+from experiments import checkpoint, comparison_speed, comparison_table, environment, report, trackers, train
 from experiments.comparison_measure import measure
 from experiments.compose import composed, validate
 from experiments.errors import RunError
-from experiments.folder import METRICS, plain
+from experiments.folder import plain
 from experiments.tasks import reasoning
 from runtime.build import MODELS, check_backend
 
-MEASURED = "measured.json"
+MEASURED, SPEEDS = "measured.json", "speeds.json"
 # What decides about the numbers of a run that is trained already.
-_MEASURES = ("generated_tokens", "memory_tokens", "puzzles", "puzzle_steps", "puzzle_batch")
+_MEASURES = ("memory_tokens", "puzzles", "puzzle_steps", "puzzle_batch")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def run(config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
         for seed in config.comparison.seeds:
             own = replace(member.config, seed=seed, optimiser=replace(member.config.optimiser, rate=rate))
             results.append(_result(member.label, own, folder, console))
+    _add_speeds(results, config, folder)
     _conclude(results, config, folder, console)
     return results
 
@@ -130,18 +131,38 @@ def _result(label: str, config: TrainConfig, folder: Path, console: Console) -> 
     summary = _trained(config, run, folder.name)
     settings = {name: getattr(config.comparison, name) for name in _MEASURES} | {"chunk": config.evaluation.chunk}
     held = _read(run / MEASURED)
-    if held.get("settings") != settings:
-        model = max((run / checkpoint.FOLDER).glob("step-*")) / "model"
-        numbers = measure(model, config, memory=config.seed == config.comparison.seeds[0])
+    if not settings.items() <= held.get("settings", {}).items():
+        numbers = measure(_model(run), config, memory=config.seed == config.comparison.seeds[0])
         held = {"settings": settings, "numbers": numbers}
         _write(run / MEASURED, json.dumps(report.finite(held), indent=1) + "\n")
-    _, speeds = report.curve(report.read_metrics(run / METRICS), "time/tokens_per_second")
-    # The median: the first stretch also compiles, and others on the machine slow some of them.
     result = {"label": label, "seed": config.seed, "architecture": config.architecture, "backend": config.backend.name, "rate": config.optimiser.rate,
-              **summary, "training_tokens_per_second": statistics.median(speeds) if speeds else math.nan, **held["numbers"]}
+              **summary, **held["numbers"]}
     shares = ", ".join(f"{name} {100 * result[name]['accuracy']:.1f} %" for name in reasoning.TASKS)
     console.print(f"{label}, seed {config.seed}: {result['validation_bits_per_byte']:.4f} bits per byte, {shares}", highlight=False)
     return result
+
+
+def _model(run: Path) -> Path:
+    return max((run / checkpoint.FOLDER).glob("step-*")) / "model"
+
+
+def _add_speeds(results: list[dict[str, Any]], config: TrainConfig, folder: Path) -> None:
+    """Give each result its speeds: those of the file, if they were measured in the same way, else those of the runs of its seed, in turns."""
+    settings = comparison_speed.settings(config)
+    held = _read(folder / SPEEDS)
+    seeds = held["seeds"] if held.get("settings") == settings else {}
+    configs = {member.label: member.config for member in members(config)}
+    for seed in config.comparison.seeds:
+        own = [result for result in results if result["seed"] == seed]
+        if not {result["label"] for result in own} <= seeds.get(str(seed), {}).keys():
+            models = {}
+            for result in own:
+                label, rated = result["label"], replace(config.optimiser, rate=result["rate"])
+                models[label] = _model(folder / f"{label}-seed{seed}"), replace(configs[label], optimiser=rated)
+            seeds[str(seed)] = comparison_speed.speeds(models)
+            _write(folder / SPEEDS, json.dumps({"settings": settings, "seeds": seeds}, indent=1) + "\n")
+        for result in own:
+            result.update(seeds[str(seed)][result["label"]])
 
 
 def _conclude(results: list[dict[str, Any]], config: TrainConfig, folder: Path, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""What is measured of a trained model beside its bits per byte: speed of generation, memory of a long stream, induction and recall.
+"""What is measured of a trained model beside its bits per byte: memory of a long stream, induction and recall.
 
 Peak memory is that of a process of its own, which loads the model and does nothing else: `python -m experiments.comparison_measure MODEL
 BACKEND TOKENS CHUNK THREADS`. In the process that trained, the allocator's own reserves would hide it.
@@ -21,7 +21,6 @@ import numpy as np
 import runtime
 from conf.schema import TrainConfig
 from experiments import schedule
-from experiments.data.tokens import END
 from experiments.errors import RunError
 from experiments.monitors.memory import peak_bytes, reset_peak
 from experiments.steps import make
@@ -33,9 +32,7 @@ TIMEOUT = 3600.0  # seconds that the process may take
 def measure(model: Path, config: TrainConfig, *, memory: bool) -> dict[str, Any]:
     """Numbers of the saved `model` of a run with this configuration. `memory` is the same for all seeds and takes a process: left out if not set."""
     settings = config.comparison
-    found: dict[str, Any] = {"generated_tokens_per_second": generation(_load(model, config), settings.generated_tokens, config.seed)}
-    if memory:
-        found |= streaming(model, config)
+    found: dict[str, Any] = dict(streaming(model, config)) if memory else {}
     for name, puzzle in reasoning.TASKS.items():
         puzzles = puzzle(settings.puzzles, [0, 0])  # the same for every model and seed
         found[name] = dataclasses.asdict(reasoning.score(_load(model, config), puzzles))
@@ -46,15 +43,6 @@ def measure(model: Path, config: TrainConfig, *, memory: bool) -> dict[str, Any]
 
 def _load(model: Path, config: TrainConfig) -> Any:
     return runtime.load(model, backend=config.backend.name, dtype=config.backend.dtype)
-
-
-def generation(model: Any, tokens: int, seed: int) -> float:
-    """Tokens per second of one stream, token by token with its states handed on; a first one is not timed."""
-    prompt = np.array([[END]], dtype=np.int64)
-    model.generate(prompt, min(tokens, 8), seed=seed)
-    started = time.perf_counter()
-    model.generate(prompt, tokens, seed=seed)
-    return tokens / (time.perf_counter() - started)
 
 
 def trained(model: Any, config: TrainConfig, name: str, puzzles: reasoning.Puzzles) -> reasoning.Score:

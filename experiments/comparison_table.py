@@ -103,7 +103,7 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; each run {settings['steps']:,} steps, {settings['tokens']:,} tokens "
         f"of the same text (sha256 {settings['data'][:12]}), {settings['dtype']}, threads: {settings['threads']}, {settings['machine']}.",
         f"Memory: peak of a process that streams {settings['memory_tokens']:,} tokens in chunks of {settings['chunk']}, above what it holds after "
-        "two; one seed. State: what is carried from chunk to chunk.",
+        "two; one seed. State: what is carried from chunk to chunk. Tokens/s: all models in turns when all were trained, each a median over rounds.",
         f"Chance: {chance}; the standard error of one run is at most {100 * max(errors, default=math.nan):.1f} %. "
         f"Trained on it: {settings['puzzle_steps']} further steps on other puzzles of that kind.",
     ]

@@ -12,7 +12,6 @@ Letters: B batch, L length, D width, H heads, d head width, K kernel, V vocabula
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,13 @@ from flax import nnx
 from jax import Array
 
 from conf.models import DeltaNetConfig
-from jax_impl.generate import generate
+from jax_impl.language import PreNormLM
 from jax_impl.layers import Frozen, linear
 from jax_impl.ops import compiled, compiled_hierarchical
 from jax_impl.ops.delta_rule import delta_rule, hierarchical_delta_rule, l2norm
 from jax_impl.ops.normalise import rms_norm
 from jax_impl.ops.short_conv import causal_conv, short_conv
-from jax_impl.state import State, check_states, check_token_ids
+from jax_impl.state import State
 
 IMPLS = ("recurrent", "chunked", "compiled")
 RULES = {"hierarchical": "lam", "plain": "exact"}  # the rule and its transform unless another is asked for
@@ -217,36 +216,15 @@ class DeltaNetBlock(nnx.Module):
         return x + self.w2(jax.nn.silu(self.w1(n)) * self.w3(n)), state
 
 
-class DeltaNetLM(nnx.Module):
+class DeltaNetLM(PreNormLM):
     """Causal language model on the plain delta rule, with a state of constant size. `impl` is "recurrent", "chunked" or "compiled".
 
     `remat` recomputes each block in the backward pass instead of keeping what it computed.
     """
 
     def __init__(self, config: DeltaNetConfig | None = None, *, impl: str = "chunked", remat: bool = False, rngs: nnx.Rngs) -> None:
-        self.config = DeltaNetConfig() if config is None else config
-        self.remat = remat
-        self.embedding = nnx.Embed(self.config.vocab_size, self.config.dim, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-        self.embedding.dtype = None  # Flax fixes it to the dtype at construction, and would round float64 weights to float32
-        self.blocks = nnx.List([DeltaNetBlock(self.config, impl, rngs=rngs) for _ in range(self.config.depth)])
-        self.norm = nnx.RMSNorm(self.config.dim, epsilon=self.config.norm_eps, use_fast_variance=False, rngs=rngs)
-
-    def __call__(self, input_ids: Array, states: list[State] | None = None, *, return_aux: bool = False) -> tuple[Any, ...]:
-        """input_ids (B, L) in [0, V). Returns logits (B, L, V) and the states to hand to the next call; with `return_aux` an empty dict.
-
-        States passed in are detached (truncated backpropagation); those returned are not. Raises ValueError for ids out of range,
-        empty input, and states of another shape or dtype or with NaN (values only outside `jit`).
-        """
-        check_token_ids(input_ids, self.config.vocab_size)
-        if states is not None:
-            check_states(states, self.state_shapes(input_ids.shape[0]), self.embedding.embedding.dtype)
-        x = self.embedding(input_ids)  # (B, L, D)
-        new_states = []
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-            x, state = (jax.checkpoint(block.__call__) if self.remat else block)(x, state)
-            new_states.append(state)
-        logits = self.embedding.attend(self.norm(x))  # (B, L, V)
-        return (logits, new_states, {}) if return_aux else (logits, new_states)
+        config = DeltaNetConfig() if config is None else config
+        super().__init__(config, lambda: DeltaNetBlock(config, impl, rngs=rngs), remat=remat, rngs=rngs)
 
     def state_shapes(self, batch_size: int) -> list[dict[str, tuple[int, ...]]]:
         """Shapes of the states for `batch_size` sequences."""
@@ -254,14 +232,3 @@ class DeltaNetLM(nnx.Module):
         past = (batch_size, config.conv_kernel - 1, config.dim)
         one = {"conv_q": past, "conv_k": past, "conv_v": past, "S": (batch_size, config.heads, config.head_dim, config.head_dim)}
         return [one] * config.depth
-
-    def init_states(self, batch_size: int) -> list[State]:
-        """Zeros: the states before the first token."""
-        dtype = self.embedding.embedding.dtype
-        return [{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()} for shapes in self.state_shapes(batch_size)]
-
-    def generate(
-        self, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-    ) -> Array:
-        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens). See `jax_impl.generate`."""
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)

@@ -18,9 +18,9 @@ from flax import nnx
 from jax import Array
 
 from conf.models import GroundedMambaConfig
-from jax_impl.generate import generate
+from jax_impl.language import StreamingLM
 from jax_impl.layers import IMPLS, Frozen, RWKVGroundedMemory, StableStateSSM, layer_norm, linear
-from jax_impl.state import State, check_states, check_token_ids
+from jax_impl.state import State
 
 
 class GroundedMambaBlock(nnx.Module):
@@ -52,7 +52,7 @@ class GroundedMambaBlock(nnx.Module):
         return x + self.ln_out(g * ssm + (1 - g) * rwkv), {"ssm": states[:, -1], "wkv": s}, aux
 
 
-class GroundedMamba(nnx.Module):
+class GroundedMamba(StreamingLM):
     """Causal language model with a state of constant size.
 
     `GroundedMamba(config, rngs=...)` or `GroundedMamba(vocab_size=..., dim=..., rngs=...)` with the other fields at their defaults.
@@ -82,9 +82,7 @@ class GroundedMamba(nnx.Module):
         States passed in are detached (truncated backpropagation); those returned are not. Raises ValueError for ids out of
         range, empty input, and states of another shape or dtype or with NaN (values only outside `jit`).
         """
-        check_token_ids(input_ids, self.config.vocab_size)
-        if states is not None:
-            check_states(states, self.state_shapes(input_ids.shape[0]), self.embedding.embedding.dtype)
+        self.check(input_ids, states)
         x = self.embedding(input_ids)  # (B, L, D)
         new_states, auxes = [], []
         for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
@@ -106,18 +104,7 @@ class GroundedMamba(nnx.Module):
         one = {"ssm": (batch_size, config.ssm_dim), "wkv": (batch_size, config.rwkv_heads, config.head_dim, config.head_dim)}
         return [one] * config.depth
 
-    def init_states(self, batch_size: int) -> list[State]:
-        """Zeros: the states before the first token."""
-        dtype = self.embedding.embedding.dtype
-        return [{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()} for shapes in self.state_shapes(batch_size)]
-
     def update_memory(self, aux: dict[str, Any]) -> None:
         """Once per optimiser step: count it, and on every `memory_every`-th write the rows of `aux` into the memory banks."""
         for block, rows in zip(self.blocks, aux["memory_rows"], strict=bool(self.config.memory_size)):
             block.rwkv.update_memory(rows)
-
-    def generate(
-        self, input_ids: Array, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-    ) -> Array:
-        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens). See `jax_impl.generate`."""
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)

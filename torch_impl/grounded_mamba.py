@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from conf.models import GroundedMambaConfig
-from torch_impl.generate import generate
+from torch_impl.language import StreamingLM
 from torch_impl.layers import IMPLS, RWKVGroundedMemory, StableStateSSM, linear
-from torch_impl.state import State, check_states, check_token_ids
+from torch_impl.state import State
 
 
 class GroundedMambaBlock(nn.Module):
@@ -50,7 +50,7 @@ class GroundedMambaBlock(nn.Module):
         return x + self.ln_out(g * ssm + (1 - g) * rwkv), {"ssm": states[:, -1], "wkv": s}, aux
 
 
-class GroundedMamba(nn.Module):
+class GroundedMamba(StreamingLM):
     """Causal language model with a state of constant size.
 
     `GroundedMamba(config)` or `GroundedMamba(vocab_size=..., dim=...)` with the other fields at their defaults.
@@ -80,9 +80,7 @@ class GroundedMamba(nn.Module):
         States passed in are detached (truncated backpropagation); those returned are not. Raises ValueError for ids out of
         range, empty input, and states of another shape or dtype or with NaN.
         """
-        check_token_ids(input_ids, self.config.vocab_size)
-        if states is not None:
-            check_states(states, self.state_shapes(input_ids.shape[0]), self.embedding.weight.dtype)
+        self.check(input_ids, states)
         x = self.embedding(input_ids)  # (B, L, D)
         new_states, auxes = [], []
         for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
@@ -104,19 +102,7 @@ class GroundedMamba(nn.Module):
         one = {"ssm": (batch_size, config.ssm_dim), "wkv": (batch_size, config.rwkv_heads, config.head_dim, config.head_dim)}
         return [one] * config.depth
 
-    def init_states(self, batch_size: int) -> list[State]:
-        """Zeros: the states before the first token."""
-        new_zeros = self.embedding.weight.new_zeros
-        return [{name: new_zeros(shape) for name, shape in shapes.items()} for shapes in self.state_shapes(batch_size)]
-
     def update_memory(self, aux: dict[str, Any]) -> None:
         """Once per optimiser step: count it, and on every `memory_every`-th write the rows of `aux` into the memory banks."""
         for block, rows in zip(self.blocks, aux["memory_rows"], strict=bool(self.config.memory_size)):
             block.rwkv.update_memory(rows)
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-    ) -> Tensor:
-        """Continue `input_ids` (B, L) by `max_new_tokens` tokens; returns (B, L + max_new_tokens). See `torch_impl.generate`."""
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, seed)

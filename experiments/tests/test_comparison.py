@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conf.schema import TrainConfig
-from experiments import cli, comparison, comparison_measure, comparison_table, trackers, train
+from experiments import cli, comparison, comparison_measure, comparison_speed, comparison_table, trackers, train
 from experiments.errors import RunError
 from experiments.tests.test_train import SHORT
 
@@ -94,6 +94,7 @@ def test_four_models_are_compared_and_a_stopped_comparison_goes_on(
 
     monkeypatch.setattr(trackers, "make", make)
     results = comparison.run(config, folder)
+    assert json.loads((folder / "speeds.json").read_text())["seeds"].keys() == {"0", "1"}
     assert trained == [(name, "compare") for name in names] and len(measured) == 9 and measured[4] == measured[5] == ("transformer", 0)
     assert (folder / names[0] / "measured.json").read_bytes() == first
     assert Recorder.made == [(name, "compare") for name in names[5:]] + [("compare-table", "compare")]
@@ -129,6 +130,12 @@ def test_four_models_are_compared_and_a_stopped_comparison_goes_on(
     assert Recorder.summaries[0]["gru_tiny/validation_bits_per_byte"] == row["mean"]
     assert not list(folder.rglob(".writing-*")) and "Comparison: mean" in capsys.readouterr().out
 
+    asked: list[set[str]] = []
+    monkeypatch.setattr(comparison_speed, "speeds", lambda models: asked.append(set(models)) or {label: {"x": 1.0} for label in models})
+    comparison._add_speeds(results, config, folder)
+    assert not asked  # speeds that are there are not measured again, others of another setting are
+    comparison._add_speeds(results, replace(config, comparison=replace(config.comparison, generated_tokens=5)), folder)
+    assert asked == [set(MODELS)] * 2 and results[0]["x"] == 1.0
     with pytest.raises(RunError, match=r"grounded_mamba_tiny-seed0 is of another configuration: optimiser\.rate was 0\.01, is 0\.3; choose another"):
         comparison.run(replace(config, comparison=replace(config.comparison, pilot_rates=[])), folder)
 

@@ -133,7 +133,7 @@ def test_without_a_display_a_run_goes_on_without_pictures_of_the_episode(
 
     monkeypatch.setattr(pictures, "open_environment", no_display)
     cache = runs["torch"].parent / "cache"
-    arguments = [f"output_dir={tmp_path}", f"data.cache_dir={cache}", "tracker=none", "training.steps=1", "evaluation.lyapunov_steps=0"]
+    arguments = [f"output_dir={tmp_path}", f"data.cache_dir={cache}", "tracker=none", "evaluation.lyapunov_steps=0"]
     assert cli.main(["control", *SMALL, *arguments]) == 0
     written = capsys.readouterr()
     assert written.err.count("\n") == 1 and "no pictures of the episode" in written.err and "no display" in written.err

@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 from conf.models import GroundedMambaConfig
-from jax_impl import grounded_mamba
+from jax_impl import language
 from jax_impl.functional import GroundedMambaModel
-from jax_impl.grounded_mamba import GroundedMamba, generate
+from jax_impl.generate import generate
+from jax_impl.grounded_mamba import GroundedMamba
 from jax_impl.ops import memory_bank
 from jax_impl.weights import flatten
 
@@ -113,7 +114,7 @@ def test_streaming_and_generation_under_jit() -> None:
         greedy = generate(lambda ids, states: apply(variables, ids, states), ids, 9, temperature=0.0)
         assert (apply(variables, greedy)[0][:, 16:-1].argmax(-1) == greedy[:, 17:]).all()
         module, compiled = model.merge(variables), functools.partial(generate, lambda ids, states: apply(variables, ids, states))
-        with mock.patch.object(grounded_mamba, "generate", lambda called, *given: (called is module, compiled(*given))):
+        with mock.patch.object(language, "generate", lambda called, *given: (called is module, compiled(*given))):
             is_its_own, continued = module.generate(ids, 9, temperature=0.0)
         assert is_its_own and (continued == greedy).all()
 

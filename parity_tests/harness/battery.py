@@ -158,7 +158,7 @@ class Battery:
         for name, after in zip(wanted, [*wanted[1:], None], strict=True):
             if after is not None and not stop:
                 with applied(self.policy, self.kinds):
-                    ahead.begin(self, (name, after))
+                    ahead.begin(self, [tier for tier in (name, after) if tier not in self._tiers])
             done.append(self.tier(name))
             if stop and not done[-1].held:
                 break

@@ -178,16 +178,18 @@ def _excused(battery: Battery, checks: list[Check], left: Trained, batches: list
 
     Trajectories of deep models or high rates are chaotic: two runs of one program, a rounding apart at first, part as well.
     """
-    over = [check for check in checks if not check.held and check.quantity == "relative L2"]
-    if not over or not battery.recording.live:
+    def over(check: Check) -> bool:
+        return not check.held and check.quantity == "relative L2"
+
+    if not any(map(over, checks)) or not battery.recording.live:
         return checks
     battery.progress(f"optimiser: {len(batches)} steps of the reference, a rounding away")
     with of_reference():
         away = battery.reference_training_nearby(batches)
     found = []
-    for check in checks:
-        if check in over:
-            own = measure(left.losses, away.losses) if check.leaf == "loss" else measure(left.arrays[check.leaf], away.arrays[check.leaf])
+    for index, check in enumerate(checks):
+        if over(check):  # the losses are the first; a parameter may be called "loss", too
+            own = measure(left.arrays[check.leaf], away.arrays[check.leaf]) if index else measure(left.losses, away.losses)
             allowed = AMPLIFIED.value * own.relative_l2
             if allowed > CEILING:
                 check = replace(check, allowed=CEILING, held=False, reason=AMPLIFIED.reason,

@@ -48,6 +48,8 @@ def test_what_the_next_tier_compiles_is_begun_once_and_used() -> None:
     assert together.run(names).held and all(alone.tier(name).held for name in names)
     counts = [battery.candidate.adapter("float64").programs.count for battery in (together, alone)]
     assert counts[0] == counts[1] > 5
+    together.release()
+    assert together.run(names).held and together.candidate.adapter("float64").programs.count == counts[0]  # a result that is there costs nothing
     begun = Battery(CASE)
     ahead.begin(begun, names)
     assert begun.candidate.adapter("float64").programs.count == counts[0] - 1  # a split from the beginning is not foreseen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,12 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
+from parity_tests.harness import tiers_more
+from parity_tests.harness.adapters.base import Trained
 from parity_tests.harness.battery import Battery, run_case
+from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.case import Case, Trajectory
+from parity_tests.harness.compare import Place, exact
 
 
 def steep(factor: float, steps: int, **other: Any) -> Case:
@@ -53,3 +58,13 @@ def test_a_trajectory_that_multiplies_roundings_hides_no_bug_and_says_when_it_sa
     wild = run_case(steep(1000.0, 50), tiers=("optimiser",))
     assert not wild.held
     assert all("take fewer steps or a lower rate" in check.detail for check in wild.checks if not check.held and check.quantity == "relative L2")
+
+
+def test_a_weight_called_loss_is_not_taken_for_the_loss() -> None:
+    """The losses of the reference move by 1e-10, the weight by 1e-8: each is allowed 16 times its own."""
+    ones, place = np.ones(5), Place("optimiser", "", "3 steps", "float64", 0)
+    left, away = Trained(losses=ones, arrays={"loss": ones}), Trained(losses=ones + 1e-10, arrays={"loss": ones + 1e-8})
+    battery = SimpleNamespace(recording=SimpleNamespace(live=True), progress=lambda _: None, reference_training_nearby=lambda _: away)
+    checks = [check for _ in range(2) for check in exact(place, {"loss": ones}, {"loss": ones + 1e-7}, Bounds({}), "optimiser", 6)]
+    losses, weight = tiers_more._excused(battery, checks, left, [])
+    assert (losses.allowed, losses.held) == (pytest.approx(1.6e-9), False) and (weight.allowed, weight.held) == (pytest.approx(1.6e-7), True)
