@@ -1,15 +1,44 @@
 """Settings of a test run, made before any framework is imported, and what one process must give back between files."""
 
+import contextlib
 import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
 
 import pytest
 
 # waiting threads give their core away: on a shared machine, spinning ones cost seconds per training step
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+# The JAX programs of the tests are small and run a few times: XLA compiles them in a third of the time without its fusion emitters and LLVM's
+# optimisation. XLA aborts on flags that it does not know, and the second is not for ever.
+QUICK, USUAL = "--xla_backend_optimization_level=0", {"xla_backend_optimization_level": 3}
+with contextlib.suppress(metadata.PackageNotFoundError):
+    if metadata.version("jaxlib").startswith("0.10."):
+        QUICK, USUAL = f"{QUICK} --xla_cpu_use_fusion_emitters=false", {**USUAL, "xla_cpu_use_fusion_emitters": True}
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_compiled_ahead_is_compiled_as_usual() -> Iterator[None]:
+    """`Lowered.compile` without options optimises as a user's program does: so do the harness where it measures the rounding of a model end to
+    end, and tests of what is compiled. Everything else is compiled quickly."""
+    if "jax" not in sys.modules or os.environ["XLA_FLAGS"] != QUICK:
+        yield
+        return
+    lowered = sys.modules["jax"].stages.Lowered
+    plain = lowered.compile
+
+    def compile_as_usual(self: Any, compiler_options: dict[str, Any] | None = None, **rest: Any) -> Any:
+        return plain(self, compiler_options=USUAL if compiler_options is None else compiler_options, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowered, "compile", compile_as_usual)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,6 +7,7 @@ line that names the field.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -34,8 +35,9 @@ _NOISE = ("full_key:", "object_type=", "reference_type=", "See ", "To append", "
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 
 
+@functools.cache
 def register() -> None:
-    """Put the dataclass schemas into Hydra's store, open to our own YAML (a frozen dataclass gives a read-only node)."""
+    """Put the dataclass schemas into Hydra's store, once for a process, open to our own YAML (a frozen dataclass gives a read-only node)."""
     store = ConfigStore.instance()
     for name, kind in ROOTS.items():
         root = OmegaConf.structured(kind)

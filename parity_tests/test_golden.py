@@ -64,13 +64,18 @@ def run_jax(config, arrays, ids, impl):
             loss = -jax.numpy.take_along_axis(log_p, ids[:, 1:, None], axis=-1).mean()
             return loss, (logits, states)
 
+        def blocks(params):
+            module, found = model.merge({**variables, "params": params}), []
+            x = module.embedding(ids)
+            for block in module.blocks:
+                x, _, _ = block(x)
+                found.append(x)
+            return found
+
         ids = jax.numpy.asarray(ids)
         (loss, (logits, states)), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(variables["params"])
         outputs = {"logits": logits, "loss": loss}
-        module = model.merge(variables)
-        x = module.embedding(ids)
-        for i, (block, state) in enumerate(zip(module.blocks, states, strict=True)):
-            x, _, _ = block(x)
+        for i, (x, state) in enumerate(zip(jax.jit(blocks)(variables["params"]), states, strict=True)):
             outputs |= {f"block_{i}": x, f"ssm_state_{i}": state["ssm"], f"wkv_state_{i}": state["wkv"]}
         grads = model.arrays({"params": grads})
     del grads["lm_head.weight"]  # the same array as the embedding's

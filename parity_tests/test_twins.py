@@ -184,7 +184,10 @@ def jax_gradients(model, ids, states):
 
     with jax.enable_x64(True):
         ids, states = jax.numpy.asarray(ids), jax.tree.map(jax.numpy.asarray, states)
-        gradients = model.model.arrays({"params": jax.jit(jax.grad(loss))(model.variables["params"])})
+        program = jax.jit(jax.grad(loss))
+        if model.config.depth > 1:  # the default variant: compiled ahead, and so optimised as a user's program is
+            program = program.lower(model.variables["params"]).compile()
+        gradients = model.model.arrays({"params": program(model.variables["params"])})
     gradients.pop("lm_head.weight")
     return gradients
 

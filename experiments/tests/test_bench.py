@@ -158,6 +158,7 @@ def test_tables_say_what_was_found_what_was_asked_for_and_who_is_missing():
     assert '- Not in "nothing at all": peer. ImportError: not here' in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
     held = measured()
     assert [path.name for path in pictures.draw(held, tmp_path)] == ["roofline.png", "cost.png"]

@@ -158,7 +158,7 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 def test_sweep_runs_each_job_in_its_folder(tmp_path: Path, text: Path) -> None:
     done = run([
         "-m", "seed=0,1", "backend=torch,torch_compiled", "experiment=smoke", f"data.path={text}", "data.validation_fraction=0.3",
-        f"run_dir={tmp_path}/sweep", "tracker=none",
+        f"run_dir={tmp_path}/sweep", "tracker=none", "long_context=false", "evaluation.sample_tokens=0",
     ])
     assert done.returncode == 0, done.stderr
     summaries = sorted(tmp_path.glob("sweep/*/summary.json"))

@@ -48,6 +48,7 @@ def test_no_common_step() -> None:
         compare.compare(A, {100: 1.0})
 
 
+@pytest.mark.usefixtures("drawn")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, losses in (("a", A), ("b", shifted(2e-5)), ("c", shifted(1e-5)), ("far", shifted(1e-3))):
         (tmp_path / name).mkdir()

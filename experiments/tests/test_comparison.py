@@ -51,6 +51,7 @@ def settings(text: Path, *overrides: str) -> TrainConfig:
     ]))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_four_models_are_compared_and_a_stopped_comparison_goes_on(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

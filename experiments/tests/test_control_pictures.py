@@ -88,6 +88,7 @@ def test_no_picture_is_one_line_and_no_crash(trouble: str, tmp_path: Path, monke
     assert {"environment": "doesn't exist", "renderer": "no screen", "folder": "out"}[trouble] in told[0]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_states_figure_marks_the_limit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     states = {"s": rng.uniform(-9, 9, (21, 13)), "w": rng.uniform(-1, 1, (21, 11)), "p": rng.uniform(-9, 9, (21, 7))}
@@ -111,6 +112,7 @@ def test_states_figure_marks_the_limit(tmp_path: Path) -> None:
         pictures.states_figure({"x": states["s"]}, 10.0)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_attention_figure_shows_every_peak(tmp_path: Path) -> None:
     small, large = np.full((17, 5), 0.2), np.zeros((17, 301))
     large[np.arange(17), 200 + np.arange(17)] = 1.0
@@ -127,6 +129,7 @@ def test_attention_figure_shows_every_peak(tmp_path: Path) -> None:
         pictures.attention_figure([])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_figure_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []

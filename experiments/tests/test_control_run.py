@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import runtime
@@ -14,6 +15,7 @@ from experiments import cli
 from experiments.control import pictures, run
 from experiments.errors import RunError
 from experiments.tests.test_trackers import inspect
+from experiments.tests.undrawn import one_pixel
 
 SMALL = [
     "model.d_s=11", "model.d_w=10", "model.d_p=7", "model.d_e=13", "model.d_k=3", "model.d_c=6", "model.cms_sizes=[5,7]", "model.cms_dims=[6,10]",
@@ -30,7 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     more = {"torch": ["tracker=wandb", "tracker.mode=offline"], "jax": ["tracker=none", "evaluation.pictures=false", "evaluation.lyapunov_steps=0"]}
     for backend, chosen in more.items():
         arguments = ["control", *SMALL, f"backend={backend}", f"output_dir={root}", f"run_dir={root / backend}", *chosen]
-        assert cli.main(arguments) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            if backend == "jax":
+                patch.setattr(Figure, "savefig", one_pixel)
+            assert cli.main(arguments) == 0
     return {backend: root / backend for backend in more}
 
 

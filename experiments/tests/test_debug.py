@@ -133,6 +133,7 @@ def test_noise_is_neither_a_fall_nor_a_divergence() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch_compiled", "jax"])
+@pytest.mark.usefixtures("drawn")
 def test_finder_on_a_model(backend: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     config = run_of(backend, text, rate_finder=RateFinderConfig(enabled=True, low=1e-4, high=100.0, steps=40))
     given: list[dict[str, float]] = []

@@ -253,6 +253,7 @@ def test_only_what_is_not_frozen_moves(train_embeddings: bool, teacher: Teacher,
     assert 1e-3 < change["blocks.0.delta.q_proj.weight"] < 2.1e-3 and 1e-4 < change["blocks.0.ffn_in.weight"] < 4.2e-4
 
 
+@pytest.mark.usefixtures("drawn")
 def test_three_steps_leave_everything_behind(folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["distil", *overrides(folder, files, tmp_path, f"run_dir={tmp_path}/run")]) == 0
     run, output = tmp_path / "run", capsys.readouterr().out

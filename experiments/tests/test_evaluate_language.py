@@ -48,6 +48,7 @@ def test_validate_and_checklist_of_a_run(runs: dict[str, Path], tmp_path: Path, 
     assert "reproducible" in capsys.readouterr().out and (run / "evaluation" / "checklist.json").is_file()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_long_context_of_a_checkpoint_and_status(runs: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """A model of three steps uses no context, so the task says so and ends with 1; its engine's memory is flat."""
     checkpoint = runs["one"] / "checkpoints" / "step-00000003"

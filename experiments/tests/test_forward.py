@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_torch_keeps_less() -> None:
 
 
 def test_jax_keeps_less() -> None:
-    """Temporary memory of the compiled gradient, of four blocks, of a GRU."""
+    """Temporary memory of the compiled gradient, of four blocks, of a GRU; optimised or compiled quickly, as elsewhere in the tests, it is one."""
     sizes = {}
     for remat in (False, True):
         settings = config("jax", architecture="gru", remat=remat, context=64)
@@ -81,7 +82,10 @@ def test_jax_keeps_less() -> None:
         step, stream = build(settings), tiny.stream(settings)
         batch = stream.batch(0)
         given = (step.model.variables, batch.ids, batch.labels, step.zero_states(3), None)
-        sizes[remat] = step._functions.gradient.lower(*given).compile().memory_analysis().temp_size_in_bytes
+        optimised = step._functions.gradient.lower(*given).compile()
+        sizes[remat] = optimised.memory_analysis().temp_size_in_bytes
+    for one, other in zip(jax.tree.leaves(optimised(*given)), jax.tree.leaves(step._functions.gradient(*given)), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)  # float32 sums over 64 steps and four blocks
     assert 0 < sizes[True] < 0.8 * sizes[False]
 
 

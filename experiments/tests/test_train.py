@@ -40,6 +40,7 @@ def test_every_experiment_runs_three_steps(name: str, text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("backend", ["torch_compiled", "jax"])
+@pytest.mark.usefixtures("drawn")
 def test_run_leaves_everything_behind(backend: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fewer = ["evaluation.puzzles=0"] if backend == "jax" else []  # what XLA compiles for the puzzles' shapes takes longer than the rest
     summary = train.run(smoke(text, f"backend={backend}", "model.depth=1", *fewer), tmp_path)
