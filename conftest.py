@@ -1,6 +1,7 @@
 """Settings of a test run, made before any framework is imported, and what one process must give back between files."""
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -38,6 +39,15 @@ def what_is_compiled_ahead_is_compiled_as_usual() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowered, "compile", compile_as_usual)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whatever_is_jitted_is_compiled_as_usual() -> Iterator[None]:
+    """For a file whose programs run longer than they take to compile: `jax.jit` optimises from here to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "jax" in sys.modules and os.environ["XLA_FLAGS"] == QUICK:
+            patch.setattr(sys.modules["jax"], "jit", functools.partial(sys.modules["jax"].jit, compiler_options=USUAL))
         yield
 
 

@@ -33,7 +33,7 @@ def sentences() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def embeddings(sentences: list[str]) -> dict[str, np.ndarray]:
+def embeddings(sentences: list[str], whatever_is_jitted_is_compiled_as_usual: None) -> dict[str, np.ndarray]:
     """(1000, 384) by backend."""
     found = {}
     for backend in BACKENDS:
