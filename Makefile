@@ -23,7 +23,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 mutations: $(VENV)/.ready
-	$(BIN)/python -m pytest --all-mutations $(wildcard parity_tests/test_mutations*.py)
+	$(BIN)/python -m pytest --all-mutations $(wildcard parity_tests/test_mutations*.py) parity_tests/harness/tests/test_mutations.py
 
 calibrate: $(VENV)/.ready
 	$(BIN)/python -m parity_tests.calibrate
