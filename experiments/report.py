@@ -83,7 +83,7 @@ def long_context_figure(rows: Sequence[Row]) -> Figure:
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * max((value for value in axes.lines[0].get_ydata() if math.isfinite(value) and value > 0), default=1.0))
     return figure
 
 
