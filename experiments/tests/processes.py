@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -65,6 +66,8 @@ def _child(path: Path, job: Job, rank: int, fault: Fault | None) -> None:
         code = job()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 71
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -154,7 +157,10 @@ def stopped(settings: DistributedConfig) -> Job:
         group.share(lambda: "all are here")
         if not group.main:
             os.kill(os.getpid(), signal.SIGSTOP)
-        group.share(lambda: "all are still here")
+        try:
+            group.share(lambda: "all are still here")
+        except RunError:  # of the one that was stopped, which finds itself alone if it is not aborted before
+            return 2 if not group.main else 1
         return 0
 
     return job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -98,14 +99,15 @@ class Noisy(Wrapped):
 
 
 class Leaking(Wrapped):
-    """Every call keeps a megabyte."""
+    """Every call keeps a megabyte, of the system itself: an allocator may have many from before, and then the process does not grow."""
 
     def __init__(self, inside: Any) -> None:
         super().__init__(inside)
-        self.held: list[np.ndarray] = []
+        self.held: list[mmap.mmap] = []
 
     def __call__(self, ids: np.ndarray, states: Any = None) -> tuple[np.ndarray, Any]:
-        self.held.append(np.ones(2**17))
+        self.held.append(mmap.mmap(-1, 2**20))
+        self.held[-1].write(b"1" * 2**20)
         return self.inside(ids, states)
 
 
