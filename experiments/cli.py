@@ -7,6 +7,7 @@ are never reached, because each job of a run or sweep is composed here first, by
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import os
 import re
@@ -183,6 +184,8 @@ COMMANDS = {
     "evaluate": Command(_check_evaluate, lambda config: f"evaluate-{config.task}", _evaluate),
 }
 
+MODULES_OF_THEIR_OWN = {"compare": "compare", "report": "page", "review": "review", "sweep": "sweep"}
+
 
 def prepare(arguments: list[str], root: str = "train") -> list[str]:
     """Validate the configuration of every job and return the arguments with the run folder filled in. Raises RunError."""
@@ -293,32 +296,9 @@ def run_root(root: str, arguments: list[str]) -> int:
     return max(statuses)
 
 
-def run_compare(arguments: list[str]) -> int:
-    """`groundwave compare`. Returns 0 if the curves agree within the band, 1 if they do not."""
-    from experiments.compare import main as compare
-
-    return compare(arguments)
-
-
-def run_report(arguments: list[str]) -> int:
-    """`groundwave report`: one page about runs."""
-    from experiments.page import main as page
-
-    return page(arguments)
-
-
-def run_review(arguments: list[str]) -> int:
-    """`groundwave review`: every run in `wandb leet`, or a list of them."""
-    from experiments.review import main as review
-
-    return review(arguments)
-
-
-def run_sweep(arguments: list[str]) -> int:
-    """`groundwave sweep`. Returns 0 if a trial gave a value, 1 if none did."""
-    from experiments.sweep import main as sweep
-
-    return sweep(arguments)
+def _elsewhere(module: str, arguments: list[str]) -> int:
+    """A command that is a module of its own, imported when it is asked for; its exit status."""
+    return importlib.import_module(f"experiments.{module}").main(arguments)
 
 
 def _say(error: RunError | KeyboardInterrupt) -> None:
@@ -333,9 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("jax").setLevel(logging.WARNING)  # JAX tells of every kind of device that is not there
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS} | {
-        "compare": run_compare, "report": run_report, "review": run_review, "sweep": run_sweep,
-    }
+    commands: dict[str, Callable[[list[str]], int]] = {name: partial(run_root, name) for name in COMMANDS}
+    commands |= {name: partial(_elsewhere, module) for name, module in MODULES_OF_THEIR_OWN.items()}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
