@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import runtime
+from experiments import report
 from experiments.errors import RunError
 from experiments.steps import make
 from experiments.tasks import long_context
@@ -86,3 +87,9 @@ def test_states_that_blow_up_are_seen() -> None:
     (row,) = long_context.run(step, stream, [400], 50)
     assert row.unhealthy > 0 and row.largest_norm > 100
     assert "states are healthy" in [each.name for each in long_context.verdicts([row], 50) if not each.held]
+
+
+def test_a_flat_line_is_seen_below_the_edge_of_its_panel() -> None:
+    """Peak memory hardly changes with the length: without room above, its line lay on the axis."""
+    memory = report.long_context_figure(rows()).axes[-1]
+    assert memory.get_title() == "peak memory, MB" and memory.get_ylim() == pytest.approx((0, 1.15 * 300.0))
