@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from parity_tests import families
 from parity_tests import mutants_lam as mutants
+from parity_tests.harness.adapters import nnx_injectors as bugs
 from parity_tests.harness.adapters.nnx_trace import Patch
 from parity_tests.harness.bounds import Bounds
 from parity_tests.harness.candidate import Candidate
@@ -15,11 +16,17 @@ from parity_tests.harness.compare import Place, exact
 from parity_tests.harness.mutate import Mutation
 from parity_tests.harness.plugin import mutation_tests, unseen_tests
 from parity_tests.harness.recording import Recording
-from parity_tests.mutations_lam import CAUSAL, FEW, INJECTORS, LONG, RUNS, UNSEEN_RUNS
+from parity_tests.mutations_lam import CASE, CAUSAL, INJECTORS, LONG, RUNS, UNSEEN_RUNS
 
-MORE = tuple((case, tuple(injector for injector in own if injector not in INJECTORS)) for case, own in RUNS)
-found, test_detected_and_located = mutation_tests(*FEW, more=MORE)
+# those that write the whole rule again, and one that takes long to explain, which the toy port has too: cheaper ones run in their place
+DEAR = {"beta after chunking", "gates on the state update", bugs.tanh_gelu("blocks.0").name}
+INSTEAD = {"output gate inverted", "norm over all heads", "positions from one"}
+SHORT = {injector.name for injector in INJECTORS} - DEAR | INSTEAD
+CHOSEN = ((CASE, tuple(injector for injector in RUNS[0][1] if injector.name in SHORT)),)
+MORE = tuple((case, tuple(injector for injector in own if injector.name not in SHORT)) for case, own in RUNS)
+found, test_detected_and_located = mutation_tests(*CHOSEN, more=MORE)
 unseen, test_unseen_is_detected = unseen_tests(*UNSEEN_RUNS)
+
 
 def test_the_diagnosis_names_the_family(found: dict[str, Mutation]) -> None:
     right, wrong = families.named(found.values())

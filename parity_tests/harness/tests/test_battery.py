@@ -24,7 +24,7 @@ from rich.console import Console
 from parity_tests.harness import ahead, report
 from parity_tests.harness.battery import TIERS, Battery, Result, run_case
 from parity_tests.harness.bounds import Bound
-from parity_tests.harness.case import Case, CaseError, StateProtocol
+from parity_tests.harness.case import Case, CaseError, StateProtocol, Trajectory
 from parity_tests.harness.tests import toy
 from parity_tests.harness.tests.toy import CASE
 
@@ -44,13 +44,14 @@ def test_a_healthy_port_holds(healthy: Result) -> None:
 def test_what_the_next_tier_compiles_is_begun_once_and_used() -> None:
     """A run of several tiers compiles what each would by itself, the step of training included."""
     names = ("free", "splits", "optimiser")
-    together, alone = Battery(CASE), Battery(CASE)
+    case = line(trajectory=Trajectory(steps=2), unobservable={})
+    together, alone = Battery(case), Battery(case)
     assert together.run(names).held and all(alone.tier(name).held for name in names)
     counts = [battery.candidate.adapter("float64").programs.count for battery in (together, alone)]
     assert counts[0] == counts[1] > 5
     together.release()
     assert together.run(names).held and together.candidate.adapter("float64").programs.count == counts[0]  # a result that is there costs nothing
-    begun = Battery(CASE)
+    begun = Battery(case)
     ahead.begin(begun, names)
     assert begun.candidate.adapter("float64").programs.count == counts[0] - 1  # a split from the beginning is not foreseen
 
