@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -66,6 +67,7 @@ def test_four_models_are_compared_and_a_stopped_comparison_goes_on(
         return comparison_measure.stream(comparison_measure._load(model, config), config.comparison.memory_tokens, config.evaluation.chunk)
 
     monkeypatch.setattr(comparison_measure, "streaming", here)
+    monkeypatch.setattr(comparison_speed, "take_turns", functools.partial(comparison_speed.take_turns, rounds=3))
 
     def run(config: TrainConfig, folder: Path, *, group: str | None = None) -> dict[str, Any]:
         trained.append((folder.name, group))
