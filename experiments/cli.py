@@ -272,6 +272,8 @@ def _job(config: DictConfig, root: str) -> int:
 
 def run_root(root: str, arguments: list[str]) -> int:
     """A command of `COMMANDS`. Returns the exit status: of the jobs of a sweep, which all run, the worst."""
+    if root != "train":
+        distributed.alone(root)
     prepared = prepare(arguments, root)
     GlobalHydra.instance().clear()
     register()

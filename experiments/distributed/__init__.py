@@ -26,8 +26,7 @@ _joined: list[Group] = []
 def join(config: TrainConfig) -> Group:
     """The group of the configuration, waiting for the other processes at the first call. Raises RunError if it cannot be joined."""
     settings = config.distributed
-    if settings.name in _STRANGERS and _by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
-        count = os.environ["WORLD_SIZE"]
+    if settings.name in _STRANGERS and (count := _by_torchrun()) > 1:
         raise RunError(
             f"distributed.name={settings.name!r}: torchrun started {count} processes, and each would train alone; "
             + _STRANGERS[settings.name].format(count=count)
@@ -48,6 +47,12 @@ def join(config: TrainConfig) -> Group:
         raise RunError(f"distributed: {error}") from error
     _joined.append(Joined(settings))
     return _joined[0]
+
+
+def alone(command: str) -> None:
+    """Raise RunError where torchrun started several processes of a command that is for one."""
+    if (count := _by_torchrun()) > 1:
+        raise RunError(f"{command} runs in one process: torchrun started {count}, and each would do all of it; start it without torchrun")
 
 
 def close() -> None:
@@ -77,5 +82,6 @@ def second_word(error: BaseException) -> str | None:
     return None if isinstance(error, EchoError) or _joined else f"process {os.environ['RANK']}: {error}"
 
 
-def _by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _by_torchrun() -> int:
+    """The processes that torchrun started, 0 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conf.schema import DistributedConfig, TrainingConfig
-from experiments import checkpoint, distributed, report
+from experiments import checkpoint, cli, distributed, report
 from experiments.distributed.group import Group
 from experiments.errors import EchoError, RunError
 from experiments.tests import process_steps, tiny
@@ -263,6 +263,18 @@ def test_under_torchrun_only_what_torchrun_can_join(name: str, advice: str, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match=rf"distributed.name='{name}': torchrun started 2 processes, and each would train alone; {advice}"):
         distributed.join(tiny.config("jax" if name == "jax" else "torch", distributed=DistributedConfig(name=name)))
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"train"}))
+def test_commands_that_are_for_one_process_refuse_those_of_torchrun(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([command, f"output_dir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"groundwave: {command} runs in one process: torchrun started 2, and each would do all of it; start it without torchrun"
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_is_held_to_the_number_of_parts() -> None:
