@@ -117,7 +117,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("largest difference", "at step", "largest in the band", "worst ratio to the band", "within"):
         table.add_column(name, justify="right")
     verdict = "no band" if found.within is None else f"yes, below {chosen.factor:g}" if found.within else f"NO, above {chosen.factor:g}"
-    table.add_row(f"{found.largest_difference:.3e}", str(found.at_step), f"{found.largest_band:.3e}", f"{found.worst_ratio:.2f}", verdict)
+    against = ("-", "-") if found.within is None else (f"{found.largest_band:.3e}", f"{found.worst_ratio:.2f}")
+    table.add_row(f"{found.largest_difference:.3e}", str(found.at_step), *against, verdict)
     console.print(table)
     output = chosen.output or chosen.b
     try:

@@ -59,5 +59,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["within"] is True and (tmp_path / "out" / "compare.svg").exists()
     assert cli.main(["compare", a, far, "--band", c]) == 1
     assert "NO, above" in capsys.readouterr().out
+    assert cli.main(["compare", a, b]) == 0
+    written = capsys.readouterr().out
+    assert "no band" in written and "nan" not in written.split()
     assert cli.main(["compare", a, str(tmp_path / "nothing")]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
