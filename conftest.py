@@ -58,7 +58,7 @@ def whatever_is_jitted_is_compiled_as_usual() -> Iterator[None]:
 def compiled_programs_are_given_back() -> Iterator[None]:
     """Every program that XLA compiles holds memory mappings, of which Linux allows a process 65,530: past them, compiling crashes."""
     yield
-    if "jax" in sys.modules and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 20_000:  # no file of tests makes more than 10,000
+    if "jax" in sys.modules and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 20_000:  # the most seen: 5,500
         sys.modules["jax"].clear_caches()
         gc.collect()
 

@@ -1,7 +1,7 @@
 """Porting bugs for LAM, and for the causal DeltaNet what LAM does not have: states, caches, a tied head, an optimiser.
 
-FEW run with the tests, RUNS are all of them with `--all-mutations`, UNSEEN_RUNS were written before the harness was shown any of them and
-are reported apart. `mutants_lam` has the bugs inside the models.
+INJECTORS run with the tests, but for the dearest, which `test_mutations_lam` exchanges; RUNS with `--all-mutations`. UNSEEN_RUNS were
+written before the harness was shown any of them and are reported apart. `mutants_lam` has the bugs inside the models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Porting bugs for the healthy port of GroundedMamba. FEW run with the tests, RUNS are those that the harness was tuned on.
+"""Porting bugs for the healthy port of GroundedMamba. FEW run with the tests, but for the
+dearest, which `test_mutations` exchanges. RUNS are those that the harness was tuned on.
 
 UNSEEN_RUNS were written before anything was measured on them, and nothing was tuned for them.
 """
